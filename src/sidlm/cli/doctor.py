@@ -1,0 +1,181 @@
+"""``sid doctor``: what this machine can run, and a check that each implementation computes the right numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sidlm import __version__
+from sidlm.cli.common import Parser, add_device, resolve_device
+
+Result = list[Any]  # an op's output and its gradients, as tensors
+
+
+def _simplicial(dtype: Any, device: Any, impl: str) -> Result:
+    from sidlm.ops import two_simplicial_attention
+
+    q, k, v, k2, v2, weight = _randn([(2, 63, 4, 32), *[(2, 63, 2, 32)] * 4, (2, 63, 4, 32)], dtype, device)
+    out = two_simplicial_attention(
+        q, k, v, k2, v2, window=(16, 8), doc_ids=_documents(2, 63, device), v2_bias=1.0, impl=impl
+    )
+    return [out, *_gradients(out, weight, (q, k, v, k2, v2))]
+
+
+def _attention(dtype: Any, device: Any, impl: str) -> Result:
+    from sidlm.ops import attention
+
+    q, k, v, weight = _randn([(2, 63, 4, 32), *[(2, 63, 2, 32)] * 2, (2, 63, 4, 32)], dtype, device)
+    out = attention(q, k, v, window=16, doc_ids=_documents(2, 63, device), impl=impl)
+    return [out, *_gradients(out, weight, (q, k, v))]
+
+
+CHECKS: dict[str, Callable[[Any, Any, str], Result]] = {"simplicial": _simplicial, "attention": _attention}
+
+
+def _randn(shapes: list[tuple[int, ...]], dtype: Any, device: Any) -> list[Any]:
+    """Leaves with the same values on every device and in every dtype, up to rounding."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes]
+    return [value.to(torch.bfloat16).to(device, dtype).requires_grad_() for value in values]
+
+
+def _documents(batch: int, length: int, device: Any) -> Any:
+    import torch
+
+    starts = torch.zeros(batch, length, dtype=torch.int64)
+    starts[:, [20, 41]] = 1
+    return starts.cumsum(1).to(device)
+
+
+def _gradients(out: Any, weight: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    import torch
+
+    return torch.autograd.grad((out * weight.detach()).sum(), inputs)
+
+
+def _distance(result: Result, oracle: Result) -> float:
+    """Largest difference of any output or gradient, relative to the largest value of that tensor."""
+    return max(
+        float((a.detach().cpu().double() - b.detach()).abs().max() / b.detach().abs().max())
+        for a, b in zip(result, oracle, strict=True)
+    )
+
+
+def check_ops(device: Any, dtype: Any) -> list[dict[str, Any]]:
+    """A row for every op x implementation; usable ones are run forward and backward on small inputs.
+
+    ``error`` is the distance to the reference in float64 on the CPU, ``tolerance`` 16 times the error that the
+    reference itself makes in ``dtype`` here (a wrong mask or gradient is off by 1e-2 and more). ``ok`` is None where
+    nothing was run.
+    """
+    import torch
+
+    from sidlm.ops import dispatch
+
+    rows: list[dict[str, Any]] = []
+    for op, impl, usable, reason in dispatch.table(device, dtype):
+        row = {"op": op, "impl": impl, "usable": usable, "reason": reason, "error": None, "tolerance": None, "ok": None}
+        rows.append(row)
+        if not usable or op not in CHECKS:
+            continue
+        check = CHECKS[op]
+        oracle = check(torch.float64, torch.device("cpu"), "reference")
+        own = _distance(check(dtype, device, "reference"), oracle)
+        row["tolerance"] = 16 * max(own, torch.finfo(dtype).eps)
+        try:
+            row["error"] = _distance(check(dtype, device, impl), oracle)
+            row["ok"] = row["error"] <= row["tolerance"]
+        except Exception as error:  # a kernel that does not even run is a finding of this command, whatever it raises
+            row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            row["ok"] = False
+    return rows
+
+
+def _memory() -> dict[str, int | None]:
+    """Bytes of main memory: all, and what is free for a new process (Linux; None elsewhere)."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    available = None
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    return {"total": total, "available": available}
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """Versions, device, threads, memory and free disk of the working directory."""
+    import torch
+
+    from sidlm.train.hardware import environment
+
+    facts = environment(device)
+    facts["memory_bytes"] = _memory()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        facts["device_memory_bytes"] = {"total": total, "available": free}
+        facts["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    facts["disk_free_bytes"] = shutil.disk_usage(".").free
+    facts["sidlm"] = __version__
+    facts["SID_IMPL"] = os.environ.get("SID_IMPL", "")
+    return facts
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{part / 2**30:.1f} GiB {name}" for name, part in value.items() if part is not None)
+    return "none" if value in (None, "") else str(value)
+
+
+def _show(facts: dict[str, Any], rows: list[dict[str, Any]], dtype: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    about = Table(title="machine", show_header=False)
+    for name, value in facts.items():
+        if name == "disk_free_bytes":
+            value = f"{value / 2**30:.1f} GiB"
+        about.add_row(name.removesuffix("_bytes"), _words(value))
+    console.print(about)
+    table = Table(title=f"operations in {dtype}")
+    for title in ("op", "implementation", "usable", "check", "error", "allowed"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("why")
+    for row in rows:
+        verdict = {None: "not run", True: "ok", False: "[red]FAILED[/red]"}[row["ok"]]
+        measured = [f"{row[key]:.1e}" if row[key] is not None else "" for key in ("error", "tolerance")]
+        table.add_row(row["op"], row["impl"], "yes" if row["usable"] else "no", verdict, *measured, row["reason"])
+    console.print(table)
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        "doctor",
+        "Show versions, hardware and, for every operation, which implementations can run here and why others cannot. "
+        "Those that can are run on small inputs and compared with the reference. Exit status 1 if one is wrong.",
+        "  sid doctor\n  SID_IMPL=simplicial=reference sid doctor --json",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_device(parser)
+    args = parser.parse_args(argv)
+
+    import torch
+
+    device = resolve_device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    facts, rows = machine(device), check_ops(device, dtype)
+    failed = [row for row in rows if row["ok"] is False]
+    if args.json:
+        print(json.dumps({"machine": facts, "dtype": str(dtype), "operations": rows}, indent=2))
+    else:
+        _show(facts, rows, dtype)
+        wrong = ", ".join("{op}={impl}".format(**row) for row in failed)
+        print(f"{len(failed)} implementations computed wrong numbers: {wrong}" if failed else "all checks passed")
+    return 1 if failed else 0

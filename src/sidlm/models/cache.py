@@ -1,0 +1,157 @@
+"""The cache of a simplicial layer: four tensors, bounded by the two windows.
+
+Defining the class is what registers it: transformers' DynamicCache looks ``_layer_type`` up when it builds a cache for
+a config with such layers. Full and sliding layers use transformers' own cache layers.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+STATIC_CACHE_ERROR = (
+    "static caches (cache_implementation='static') are not supported by Sid models; use the default dynamic cache, "
+    "which simplicial layers bound by their windows"
+)
+
+
+class SimplicialCacheLayer(DynamicLayer):
+    """Keeps the last w1 - 1 positions of k, v and the last w2 - 1 of k2, v2, each (B, G, S, D).
+
+    That is all a later query can see. ``keys``/``values`` hold k, v, so that what transformers does to these two by
+    name (devices, memory counts) still works. While past recording is on (assisted decoding) nothing is dropped
+    until ``crop``.
+    """
+
+    _layer_type = "simplicial_attention"
+    is_sliding = True
+    is_croppable = True
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.keys2: Tensor | None = None
+        self.values2: Tensor | None = None
+        self.window = (1, 1)
+        self.cumulative_length = 0
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, k2: Tensor, v2: Tensor, window: tuple[int, int], **kwargs
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Append T positions; returns ``((k, k2), (v, v2))`` with the T new and the positions in reach before them."""
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.keys2, self.values2 = k2[:, :, :0], v2[:, :, :0]
+            self.is_initialized = True
+        self.window = window
+        new = key_states.shape[2]
+        full = [
+            torch.cat((old, now), dim=2) if old.shape[2] else now
+            for old, now in zip(self._tensors(), (key_states, value_states, k2, v2), strict=True)
+        ]
+        self.cumulative_length += new
+        self._store(full if self.record_past else [_last(x, w - 1) for x, w in zip(full, self._windows(), strict=True)])
+        k, v, k2, v2 = (_last(x, w - 1 + new) for x, w in zip(full, self._windows(), strict=True))
+        return (k, k2), (v, v2)
+
+    def _windows(self) -> tuple[int, int, int, int]:
+        return self.window[0], self.window[0], self.window[1], self.window[1]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, self.keys2, self.values2
+
+    def _store(self, tensors) -> None:
+        self.keys, self.values, self.keys2, self.values2 = tensors
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        kept = min(self.cumulative_length, max(self.window) - 1)
+        return kept + query_length, self.cumulative_length - kept
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` positions, and what is out of reach of the windows.
+
+        A positive number is the length to keep, the older convention of transformers.
+        Raises RuntimeError if positions are needed again that were already dropped (record the past to keep them).
+        """
+        if not self.is_initialized:
+            return
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else self.cumulative_length - tokens_to_remove
+        removed = max(0, min(removed, self.cumulative_length))
+        left = self.cumulative_length - removed
+        kept = []
+        for x, w in zip(self._tensors(), self._windows(), strict=True):
+            stays = max(x.shape[2] - removed, 0)
+            if stays < min(left, w - 1):
+                raise RuntimeError(
+                    f"crop({tokens_to_remove}) needs {min(left, w - 1)} earlier positions, {stays} are kept: "
+                    "call activate_past_recording before the positions are written"
+                )
+            kept.append(_last(x[:, :, :stays], w - 1))
+        self._store(kept)
+        self.cumulative_length = left
+
+    def reset(self) -> None:
+        self.keys = self.values = self.keys2 = self.values2 = None
+        self.is_initialized = False
+        self.cumulative_length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._store([x.repeat_interleave(repeats, dim=0) for x in self._tensors()])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self._store([x[indices.to(x.device)] for x in self._tensors()])
+
+    def offload(self) -> None:
+        if self.is_initialized:
+            self._store([x.to("cpu", non_blocking=True) for x in self._tensors()])
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._store([x.to(self.device, non_blocking=True) for x in self._tensors()])
+
+
+class SimplicialStaticCacheLayer(StaticLayer):
+    """Refuses: without it a static cache of such a config would fail with a bare KeyError."""
+
+    _layer_type = "simplicial_attention"
+
+    def __init__(self, **kwargs):
+        raise ValueError(STATIC_CACHE_ERROR)
+
+
+def check_cache(cache: Cache, layer_types: list[str]) -> None:
+    """Raise ValueError unless every layer of the cache can serve its layer of the model."""
+    if isinstance(cache, Cache) and cache.is_compileable:
+        raise ValueError(STATIC_CACHE_ERROR)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
+    for i, layer_type in enumerate(layer_types):
+        if layer_type != "simplicial_attention":
+            continue
+        if i >= len(layers) or not isinstance(layers[i], SimplicialCacheLayer):
+            found = type(layers[i]).__name__ if i < len(layers) else "no layer yet"
+            raise ValueError(
+                f"past_key_values: layer {i} is 2-simplicial and needs a SimplicialCacheLayer, found {found}; "
+                "build the cache with DynamicCache(config=model.config)"
+            )
+
+
+def _last(x: Tensor, count: int) -> Tensor:
+    """The last ``count`` positions of (B, G, S, D); none for 0, all if there are fewer."""
+    return x[:, :, max(x.shape[2] - count, 0) :]

@@ -1,0 +1,74 @@
+"""Which implementation of an op runs for these arguments, and why each other one does not.
+
+Each op folder keeps its implementations in a plain dict ``name -> Implementation`` in order of preference.
+``impl=`` names one; the environment variable ``SID_IMPL="simplicial=reference,attention=sdpa"`` names one from outside.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Implementation(NamedTuple):
+    run: Callable
+    """The implementation; all of an op share one signature."""
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+    """Why it cannot run on this device and dtype, in words, or None if it can."""
+
+
+class Row(NamedTuple):
+    op: str
+    impl: str
+    usable: bool
+    reason: str
+
+
+def _override(op: str) -> str | None:
+    for item in filter(None, os.environ.get("SID_IMPL", "").split(",")):
+        name, _, impl = item.partition("=")
+        if not impl:
+            raise ValueError(f'SID_IMPL has {item!r}; it takes op=implementation pairs, e.g. "simplicial=reference"')
+        if name.strip() == op:
+            return impl.strip()
+    return None
+
+
+def choose(
+    op: str, impls: Mapping[str, Implementation], impl: str | None, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Name of the implementation to run: the one asked for, else the first that can.
+
+    Raises ValueError naming the op, the implementation and the reason if the one asked for is unknown or cannot run.
+    """
+    asked = impl or _override(op)
+    if asked is not None:
+        if asked not in impls:
+            raise ValueError(f"{op}: no implementation {asked!r}; there are {', '.join(impls)}")
+        reason = impls[asked].why_not(device, dtype)
+        if reason:
+            raise ValueError(f"{op}: implementation {asked!r} cannot run here: {reason}")
+        return asked
+    reasons = []
+    for name, candidate in impls.items():
+        reason = candidate.why_not(device, dtype)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"{op}: no implementation for {dtype} on {device.type} ({'; '.join(reasons)})")
+
+
+def table(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> list[Row]:
+    """Every op x implementation on this machine with the reason it is, or is not, usable (``sid doctor`` prints it)."""
+    from sidlm.ops import IMPLEMENTATIONS
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = []
+    for op, impls in IMPLEMENTATIONS.items():
+        first = True
+        for name, candidate in impls.items():
+            reason = candidate.why_not(device, dtype)
+            rows.append(Row(op, name, reason is None, reason or ("default" if first else "on request")))
+            first = first and reason is not None
+    return rows

@@ -1,0 +1,111 @@
+"""Output projection and cross-entropy in one: the logits of all tokens are never held at once.
+
+The gradients of a chunk are formed while its logits are at hand (Liger kernel, Hsu et al. 2024), so training costs
+three matrix products per chunk, as the unfused loss does, and the memory of one chunk.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Logits held at once: what a CPU's cache takes gladly, and what fills a GPU."""
+
+
+def _chunks(tokens: int, vocab: int, chunk: int | None, device: torch.device) -> range:
+    size = chunk or max(16, CHUNK_ELEMENTS.get(device.type, 1 << 26) // vocab)
+    return range(0, tokens, size)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    return F.log_softmax(logits, dim=-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+class _SumLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype) -> Tensor:
+        x, w = hidden.to(dtype), weight.to(dtype)
+        train_x, train_w = ctx.needs_input_grad[:2]
+        ctx.grad_hidden = torch.empty_like(x) if train_x else None
+        high = torch.float64 if dtype == torch.float64 else torch.float32
+        ctx.grad_weight = torch.zeros(weight.shape, dtype=high, device=weight.device) if train_w else None
+        ctx.dtypes = hidden.dtype, weight.dtype
+        total = torch.zeros((), dtype=high, device=x.device)
+        steps = _chunks(len(x), len(w), chunk, x.device)
+        for start in steps:
+            part = slice(start, start + steps.step)
+            valid = labels[part] >= 0
+            target = labels[part].clamp_min(0)[:, None]
+            log_probs = _log_probs(x[part], w)
+            total -= log_probs.gather(1, target)[:, 0].masked_fill(~valid, 0.0).sum()
+            if not (train_x or train_w):
+                continue
+            grad = log_probs.exp_()
+            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand_as(target))
+            grad = grad.mul_(valid[:, None]).to(dtype)
+            if ctx.grad_hidden is not None:
+                torch.mm(grad, w, out=ctx.grad_hidden[part])
+            if ctx.grad_weight is not None:
+                if dtype == high:
+                    ctx.grad_weight.addmm_(grad.T, x[part])
+                else:
+                    ctx.grad_weight += grad.T @ x[part]
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor):
+        if ctx.grad_hidden is None and ctx.grad_weight is None:
+            raise RuntimeError("linear_cross_entropy: its gradients are freed after one backward pass")
+        grads = [
+            None if grad is None else grad.mul_(grad_total.to(grad.dtype)).to(dtype)
+            for grad, dtype in zip((ctx.grad_hidden, ctx.grad_weight), ctx.dtypes, strict=True)
+        ]
+        ctx.grad_hidden = ctx.grad_weight = None
+        return *grads, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, "n"],
+    *,
+    reduction: str = "sum",
+    chunk: int | None = None,
+) -> Float[Tensor, ""] | Float[Tensor, "n"]:
+    """Negative log-likelihood (nats) of ``labels`` under ``softmax(hidden @ weight.T)``.
+
+    Args:
+        hidden: (N, d). weight: (V, d). labels: (N,) ids in [0, V), or -100 (any negative) to ignore a token.
+        reduction: "sum", a differentiable float32 scalar (float64 for float64), or "none", (N,) without gradient and
+            zero where ignored.
+        chunk: tokens whose logits are held at once; None picks by device and V. Under autocast the products run in
+            its dtype; the softmax is float32 always.
+
+    Raises:
+        ValueError: shapes that disagree, or an unknown reduction.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        shapes = tuple(hidden.shape), tuple(weight.shape), tuple(labels.shape)
+        raise ValueError("hidden {}, weight {} and labels {} must be (N, d), (V, d) and (N,)".format(*shapes))
+    dtype = _compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if reduction == "sum":
+            return _SumLoss.apply(hidden, weight, labels, chunk, dtype)
+        if reduction != "none":
+            raise ValueError(f'reduction is {reduction!r}, but must be "sum" or "none"')
+        with torch.no_grad():
+            steps = _chunks(len(hidden), len(weight), chunk, hidden.device)
+            w, out = weight.to(dtype), []
+            for start in steps:
+                part = slice(start, start + steps.step)
+                log_probs = _log_probs(hidden[part].to(dtype), w)
+                nll = -log_probs.gather(1, labels[part].clamp_min(0)[:, None])[:, 0]
+                out.append(nll.masked_fill(labels[part] < 0, 0.0))
+            return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Training: one loop (`loop.py`), its optimizer, schedule, checkpoints, metrics and report."""

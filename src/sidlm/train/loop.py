@@ -1,0 +1,321 @@
+"""The training loop. Read `train` from top to bottom: it is all there is to training a language model.
+
+Everything that could change a number is a pure function of the config and the step: the initial weights come from
+train.seed, the batch of a step from (seed, step), the learning rate from the step. So a run that was killed and goes
+on from a checkpoint computes, in fp32 on a CPU, bit for bit what it would have computed without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sidlm import __version__
+from sidlm.errors import SidError
+from sidlm.nn.moe import MoEFeedForward
+from sidlm.train import checkpoint, folder, hardware
+from sidlm.train.build import build_model, compile_blocks, open_text
+from sidlm.train.config import RunConfig, check, to_yaml
+from sidlm.train.metrics import RunLog, finite
+from sidlm.train.observe import validate, write_samples
+from sidlm.train.optim import clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
+from sidlm.train.report import write_report
+from sidlm.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from sidlm.data.loader import Batch, Loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to."""
+
+    step: int
+    """optimizer steps done"""
+    loss: float | None
+    """training loss of the last step, nats per token; None if no step was done in this process or it was skipped"""
+    valid: dict[str, dict[str, float]]
+    """last validation: {"all" or domain: {"loss": nats per token, "bits_per_byte": ...}}"""
+    tokens: int
+    """tokens seen since step 0"""
+    tokens_per_second: float
+    """of this process's steps, without the first one, validation and checkpoints"""
+    peak_memory: int
+    """bytes: allocated on CUDA, resident in the process elsewhere"""
+    out: Path
+    """the run folder"""
+    signal: int = 0
+    """number of the signal that ended the run early, else 0"""
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    valid: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
+    """Train, or go on training, the run in cfg.train.out.
+
+    on_step: called with each step's record (see metrics.py) after it was written.
+    Raises SidError for anything a user can mend; the newest checkpoint stays intact in every case.
+    """
+    check(cfg)
+    out = Path(cfg.train.out)
+    with folder.locked(out):
+        found = folder.find_resume(cfg)
+        device = hardware.resolve_device(cfg.train.device)
+        precision = hardware.resolve_precision(cfg.train.precision, device)
+
+        text = open_text(cfg, resumed=found is not None)
+        torch.manual_seed(cfg.train.seed)
+        model: Any = build_model(cfg, text.tokenizer)
+        model.to(device).train()
+        optimizer = make_optimizer(model, cfg.optim)
+        tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
+        state = RunState()
+        if found is not None:
+            checkpoint.load(found, tensors)
+            state = restore_state(found, text.fingerprint)
+        compile_blocks(model, cfg.train.compile, device)
+
+        meter = SpeedMeter(model, cfg, hardware.peak_flops(device, precision))
+        folder.describe_run(cfg, hardware.environment(device) | meter.facts() | {"precision": precision})
+        stop = StopSignals()
+        loss: float | None = None
+        with stop, RunLog(out, step=state.step, total_steps=cfg.train.steps, log_every=cfg.train.log_every) as log:
+            log.say(headline(cfg, model, device, precision, text, meter, state))
+            for step, batch in prefetched(text.loader, state.step, cfg.train.steps):
+                started = time.perf_counter()
+                lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=cfg.train.steps)
+                set_learning_rate(optimizer, lr)
+                loss, norm = train_step(model, optimizer, batch, cfg, device, precision)
+
+                state.step = step + 1
+                state.tokens += batch.tokens.numel()
+                record: dict[str, Any] = {"step": state.step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
+                record |= {"tokens": state.tokens} | meter.measure(batch.tokens.numel(), time.perf_counter() - started)
+                if count_skipped(state, loss, norm):
+                    record["skipped"] = f"the loss is {loss}, the gradient norm {norm}"
+
+                last = state.step == cfg.train.steps
+                if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
+                    state.valid = record["valid"] = validate(model, text, cfg, device, precision)
+                log.record(record)
+                if due(state.step, cfg.samples.every, last):
+                    write_samples(log, model, text.tokenizer, cfg, device, precision, state.step)
+                give_up_if_hopeless(state, cfg)
+                stopping = bool(stop.signal)
+                if due(state.step, cfg.checkpoint.every, last or stopping):
+                    log.sync()
+                    save_checkpoint(out, tensors, state, cfg, text.fingerprint)
+                if due(state.step, cfg.checkpoint.export_every, False):
+                    folder.export_model(out, model, text.tokenizer)
+                if on_step is not None:
+                    on_step(record)
+                if stopping:
+                    break
+
+        peak_memory = hardware.peak_memory_bytes(device)
+        finished = state.step == cfg.train.steps
+        if finished:
+            folder.export_model(out, model, text.tokenizer)
+            write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
+        return TrainResult(
+            step=state.step, loss=None if loss is None else finite(loss), valid=state.valid, tokens=state.tokens,
+            tokens_per_second=meter.tokens_per_second, peak_memory=peak_memory, out=out,
+            signal=0 if finished else stop.signal,
+        )  # fmt: skip
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    cfg: RunConfig,
+    device: torch.device,
+    precision: str,
+) -> tuple[float, float]:
+    """One optimizer step on a global batch; (loss in nats per token, gradient norm before clipping).
+
+    The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
+    depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
+    """
+    rows, total_rows = cfg.train.micro_batch_size or cfg.train.batch_size, batch.tokens.shape[0]
+    labelled = max(1, int((batch.labels != -100).sum()))
+    loss = torch.zeros((), device=device)
+    for first in range(0, total_rows, rows):
+        tokens, labels, positions, doc_ids = (
+            t[first : first + rows].to(device) for t in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
+        )
+        with hardware.autocast(device, precision):
+            micro_loss = model(
+                input_ids=tokens, position_ids=positions, doc_ids=doc_ids, shift_labels=labels,
+                num_items_in_batch=labelled, use_cache=False,
+            ).loss  # fmt: skip
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    norm = clip_gradients(model.parameters(), cfg.optim.clip_norm)
+    ok = math.isfinite(loss.item()) and math.isfinite(norm.item())
+    if ok:
+        optimizer.step()
+    update_balance(model, ok)
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), norm.item()
+
+
+def update_balance(model: Any, ok: bool) -> None:
+    """Balance the experts after a step; after a skipped one (rate 0) they only forget what it routed."""
+    rate = model.config.moe_balance_rate if ok else 0.0
+    for module in model.modules():
+        if isinstance(module, MoEFeedForward):
+            module.update_balance(rate)
+
+
+def prefetched(loader: Loader, first: int, end: int) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) for the steps first..end-1; a thread prepares the next batch during the step."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
+        following = pool.submit(loader.batch, first) if first < end else None
+        for step in range(first, end):
+            assert following is not None
+            batch = following.result()
+            following = pool.submit(loader.batch, step + 1) if step + 1 < end else None
+            yield step, batch
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    """Whether something that happens every `every` steps (0: only at the end) happens after `step`."""
+    return last or (every > 0 and step % every == 0)
+
+
+def count_skipped(state: RunState, loss: float, norm: float) -> bool:
+    """Keep the counts; True if the step was skipped."""
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    state.skipped += skipped
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    return skipped
+
+
+def give_up_if_hopeless(state: RunState, cfg: RunConfig) -> None:
+    """Raise SidError once more steps were skipped than the config allows; no checkpoint is written any more."""
+    for name, count in (("max_skipped_in_a_row", state.skipped_in_a_row), ("max_skipped", state.skipped)):
+        if count > getattr(cfg.train, name):
+            raise SidError(
+                f"stopped at step {state.step}: the loss or gradient was not finite in {count} steps "
+                f"(train.{name}={getattr(cfg.train, name)}); the checkpoints in {cfg.train.out} are intact: "
+                "lower optim.lr or look at the data"
+            )
+
+
+def save_checkpoint(
+    out: Path, tensors: dict[str, torch.Tensor], state: RunState, cfg: RunConfig, data_fingerprint: str
+) -> None:
+    """Tensors and state of a run as its newest checkpoint."""
+    values = dataclasses.asdict(state) | {"data": data_fingerprint, "config": to_yaml(cfg), "version": __version__}
+    checkpoint.save(out / "checkpoints", tensors, values, keep=cfg.checkpoint.keep)
+
+
+def restore_state(found: checkpoint.Checkpoint, data_fingerprint: str) -> RunState:
+    """The state in a checkpoint. Raises SidError if the data is no longer what the run has been reading."""
+    if found.state["data"] != data_fingerprint:
+        raise SidError(
+            f"{found.path} was trained on other data or with another tokenizer (fingerprint "
+            f"{found.state['data'][:12]}, now {data_fingerprint[:12]}): restore the files, or choose another train.out"
+        )
+    return RunState(**{f.name: found.state[f.name] for f in dataclasses.fields(RunState)})
+
+
+def headline(
+    cfg: RunConfig, model: Any, device: torch.device, precision: str, text: Any, meter: Any, state: Any
+) -> str:
+    """One line on what is about to happen."""
+    parameters = sum(p.numel() for p in model.parameters())
+    start = f"from step {state.step}" if state.step else "new run"
+    return (
+        f"{cfg.train.out}: {cfg.model.preset}/{cfg.model.arch}, {parameters / 1e6:.2f}M parameters, "
+        f"{precision} on {device}, {cfg.train.batch_size} x {cfg.data.seq_len} tokens a step, {start}; "
+        f"peak: {meter.peak.source}"
+    )
+
+
+class SpeedMeter:
+    """Tokens per second and MFU (model FLOPs of the achieved tokens over the device's peak)."""
+
+    def __init__(self, model: Any, cfg: RunConfig, peak: hardware.Peak) -> None:
+        from sidlm.models.flops import train_flops_per_token
+
+        self.peak = peak
+        self.flops_per_token = train_flops_per_token(model.config, cfg.data.seq_len)
+        self.steps = 0
+        self.first = (0, 0.0)
+        self.rest = (0, 0.0)
+
+    def measure(self, tokens: int, seconds: float) -> dict[str, Any]:
+        """The record's fields about the speed of one step."""
+        self.steps += 1
+        if self.steps == 1:  # compilation, first allocations
+            self.first = (tokens, seconds)
+        else:
+            self.rest = (self.rest[0] + tokens, self.rest[1] + seconds)
+        speed = tokens / seconds
+        mfu = speed * self.flops_per_token / self.peak.flops
+        return {"step_tokens": tokens, "seconds": seconds, "tokens_per_second": speed, "mfu": mfu}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps but the first."""
+        tokens, seconds = self.rest if self.rest[0] else self.first
+        return tokens / seconds if seconds else 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """For environment.json."""
+        return {
+            "peak_flops": self.peak.flops,
+            "peak_flops_source": self.peak.source,
+            "train_flops_per_token": self.flops_per_token,
+        }
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into `signal`, to be looked at between steps; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self.former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+        self.former = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()

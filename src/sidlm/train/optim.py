@@ -1,0 +1,57 @@
+"""AdamW over a model's parameters, and its state as plain named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sidlm.train.config import OptimConfig
+
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with decay on the weights of >= 2 dimensions only, fused where torch has the fused kernel.
+
+    The state of every parameter is created here, at step 0, instead of on first use: a checkpoint then always holds
+    the same names, also for experts that got no token yet.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda", "xpu") and p.is_floating_point() for p in trained)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
+    for p in trained:
+        optimizer.state[p] = {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu"),
+            "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+        }
+    return optimizer
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own state tensors (not copies), named "<parameter>.<exp_avg|exp_avg_sq|step>"."""
+    return {
+        f"{name}.{key}": value
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        for key, value in optimizer.state[p].items()
+    }
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use `lr` for every parameter from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place to at most `max_norm` (0: leave them) and return their global L2 norm before, fp32."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

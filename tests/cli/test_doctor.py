@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+
+import torch
+
+from sidlm import ops
+from sidlm.cli import doctor
+
+
+def test_every_op_of_the_table_is_checked_and_right(sid):
+    status, out, err = sid("doctor", "--json", "--device", "cpu")
+    assert status == 0 and not err
+    report = json.loads(out)
+    assert report["machine"]["torch"] == torch.__version__
+    assert {"python", "transformers", "triton", "threads", "memory_bytes", "disk_free_bytes"} <= set(report["machine"])
+    rows = report["operations"]
+    assert {(row["op"], row["impl"]) for row in rows} == {
+        (op, impl) for op, impls in ops.IMPLEMENTATIONS.items() for impl in impls
+    }
+    for row in rows:
+        assert row["ok"] is (True if row["usable"] else None), row
+        if row["usable"]:
+            assert 0 <= row["error"] <= row["tolerance"] < 1e-4
+        else:
+            assert row["reason"]
+
+
+def test_tables_for_people(sid):
+    status, out, _ = sid("doctor", "--device", "cpu")
+    assert status == 0 and "all checks passed" in out
+    for word in ("simplicial", "attention", "reference", "default", "torch", "memory", "disk"):
+        assert word in out
+
+
+def test_wrong_numbers_are_found(sid, monkeypatch):
+    """An implementation that is off by one part in a thousand fails, and so does the command."""
+    impls = ops.IMPLEMENTATIONS["attention"]
+    right = impls["sdpa"]
+    monkeypatch.setitem(impls, "sdpa", right._replace(run=lambda *args, **kw: right.run(*args, **kw) * 1.001))
+    status, out, _ = sid("doctor", "--json", "--device", "cpu")
+    assert status == 1
+    wrong = [row for row in json.loads(out)["operations"] if row["ok"] is False]
+    assert [(row["op"], row["impl"]) for row in wrong] == [("attention", "sdpa")]
+    assert "attention=sdpa" in sid("doctor", "--device", "cpu")[1]
+
+
+def test_an_implementation_that_crashes_is_a_finding(sid, monkeypatch):
+    def crash(*args, **kwargs):
+        raise RuntimeError("no kernel image\nis available")
+
+    impls = ops.IMPLEMENTATIONS["simplicial"]
+    monkeypatch.setitem(impls, "eager", impls["eager"]._replace(run=crash))
+    status, out, _ = sid("doctor", "--json", "--device", "cpu")
+    (row,) = [row for row in json.loads(out)["operations"] if row["ok"] is False]
+    assert status == 1 and row["impl"] == "eager" and row["reason"] == "RuntimeError: no kernel image"
+
+
+def test_checks_cover_every_op():
+    assert set(doctor.CHECKS) == set(ops.IMPLEMENTATIONS)
+
+
+def test_unknown_device(fails):
+    assert "--device nonsense" in fails("doctor", "--device", "nonsense")

@@ -1,0 +1,160 @@
+"""Every command and every Python snippet in the documentation is run here, or named below with the reason why not.
+
+A fenced block of ``bash`` holds commands, one per line; ``python`` is executed; a block whose info string ends in a
+file name (```` ```yaml my.yaml ````) is written to that file first. Blocks of one page run in order in one folder that
+holds nothing but a small trained model at runs/demo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from sidlm.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+# command -> why it is not run here; prefixes are matched word by word
+NOT_RUN = {
+    "git clone": "needs the network",
+    "cd": "goes with git clone",
+    "python -m venv": "makes an environment; continuous integration installs into one",
+    ". .venv/bin/activate": "goes with python -m venv",
+    "pip install": "needs the network; continuous integration installs the package itself",
+    "make": "continuous integration runs the targets themselves",
+    "sid demo": "trains for minutes; tests/cli/test_demo.py runs it with fewer steps",
+    "sid chat": "reads from a terminal; tests/cli/test_chat.py drives it",
+    "pytest": "this very suite",
+    "ruff": "continuous integration runs it",
+    "pyright": "continuous integration runs it",
+    "python tools/config_reference.py": "tests/docs/test_config_reference.py compares the file",
+}
+LANGUAGES = {"bash", "python", "yaml", "json", "jsonl", "text", "console", ""}
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    file: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    found, fence, start, info, body = [], "", 0, "", []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        opening = re.match(r"\s*(```+|~~~+)\s*(.*)$", line)
+        if not fence and opening:
+            fence, info, start, body = opening[1], opening[2].strip(), number, []
+        elif fence and line.strip() == fence:
+            language, _, file = info.partition(" ")
+            found.append(Block(start, language, file.strip(), "\n".join(body) + "\n"))
+            fence = ""
+        elif fence:
+            body.append(line)
+    assert not fence, f"{page.name}:{start}: a fenced block does not end"
+    return found
+
+
+def commands(block: Block) -> list[str]:
+    lines = block.text.replace("\\\n", " ").splitlines()
+    parts = [part.strip() for line in lines for part in line.split(" && ")]
+    return [part for part in parts if shlex.split(part, comments=True)]
+
+
+def reason_not_to_run(command: str) -> str | None:
+    words = shlex.split(command, comments=True)
+    for prefix, reason in NOT_RUN.items():
+        if words[: len(prefix.split())] == prefix.split():
+            return reason
+    return None
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    words = shlex.split(command, comments=True)
+    with monkeypatch.context() as patch:
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            name, _, value = words.pop(0).partition("=")
+            patch.setenv(name, value)
+        if words[0] != "sid":
+            raise AssertionError(f"unknown command {words[0]!r}: run it here or name it in NOT_RUN with the reason")
+        if words[1:2] == ["train"] and "--help" not in words:
+            words += ["--train.steps", "3", "--validation.documents", "4", "--samples.max_new_tokens", "4"]
+        if words[1:2] == ["generate"]:
+            words += ["--max-new-tokens", "4"]
+        with contextlib.suppress(SystemExit):  # what --help raises
+            return main(words[1:])
+        return 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page_run(page, tmp_path, monkeypatch, demo_run, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(demo_run, tmp_path / "runs" / "demo")
+    names: dict[str, object] = {"__name__": "docs"}
+    for block in blocks(page):
+        where = f"{page.name}:{block.line}"
+        assert block.language in LANGUAGES, f"{where}: block of unknown language {block.language!r}"
+        if block.file:
+            (tmp_path / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / block.file).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile(block.text, where, "exec"), names)
+        elif block.language == "bash":
+            for command in commands(block):
+                if reason_not_to_run(command) is None:
+                    status = run(command, monkeypatch)
+                    said = capsys.readouterr()
+                    assert status == 0, f"{where}: `{command}` exited {status}\n{said.err}"
+
+
+def test_the_pages_a_stranger_needs_exist():
+    names = {page.name for page in PAGES}
+    assert {"README.md", "getting-started.md", "architecture.md", "your-own-data.md", "config-reference.md"} <= names
+
+
+def test_every_command_is_documented():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in COMMANDS if f"sid {name}" not in text] == []
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not re.match(r"[a-z]+:", target):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("```bash\nrm -rf /tmp/x\n```\n", "unknown command 'rm'"),
+        ("```bash\nsid evalute x\n```\n", "exited 2"),
+        ("```bash\ncd sid && rm -rf x\n```\n", "unknown command 'rm'"),
+        ("```fortran\nprint *\n```\n", "unknown language"),
+        ("```bash\nsid --help\n", "does not end"),
+        ("```python\nraise AssertionError('seen')\n```\n", "seen"),
+    ],
+)
+def test_this_test_can_fail(text, problem, tmp_path, monkeypatch, demo_run, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(AssertionError, match=problem):
+        test_blocks_of_a_page_run(page, tmp_path, monkeypatch, demo_run, capsys)
+
+
+def test_environment_words_and_continued_lines(monkeypatch, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("```bash\n# a comment\nSID_IMPL=simplicial=reference sid \\\n  --version  # and another\n\n```\n")
+    (command,) = commands(blocks(page)[0])
+    assert run(command, monkeypatch) == 0
+    assert capsys.readouterr().out.startswith("sid ")
+    assert "SID_IMPL" not in os.environ

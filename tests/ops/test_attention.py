@@ -1,0 +1,58 @@
+"""Causal attention: torch's kernels against the definition, with windows, documents and padding."""
+
+import pytest
+import torch
+
+from sidlm.ops import attention, attention_mask
+
+
+@pytest.mark.parametrize("steps, length", [(17, 17), (1, 20), (4, 9)])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("docs", [False, True])
+def test_sdpa_equals_definition(steps, length, window, docs):
+    torch.manual_seed(steps + length)
+    q = torch.randn(2, steps, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, length, 2, 8, dtype=torch.float64)
+    ids = torch.randint(-1, 3, (2, length)).sort(dim=1).values if docs else None
+    mine, oracle = (attention(q, k, v, window=window, doc_ids=ids, impl=i) for i in ("sdpa", "reference"))
+    torch.testing.assert_close(mine, oracle, rtol=1e-12, atol=1e-12)
+    if ids is not None:
+        assert (mine[ids[:, -steps:] < 0] == 0).all()
+
+
+def test_definition_sees_what_it_should():
+    """Uniform weights: the output is the mean of the values a query sees."""
+    k = torch.zeros(1, 6, 1, 4)
+    v = torch.arange(6.0).view(1, 6, 1, 1).expand(1, 6, 1, 4)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    out = attention(k, k, v, window=2, doc_ids=ids, impl="reference")[0, :, 0, 0]
+    assert out.tolist() == [0.0, 0.5, 1.5, 3.0, 3.5, 4.5]
+
+
+def test_mask_is_built_once_and_shared():
+    q = torch.randn(1, 6, 2, 4)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    mask = attention_mask(6, 6, window=2, doc_ids=ids)
+    assert torch.equal(attention(q, q, q, mask=mask), attention(q, q, q, window=2, doc_ids=ids))
+    assert attention_mask(6, 6).visible is None and attention_mask(6, 6, window=6).visible is None
+    assert attention_mask(1, 6).visible is None and attention_mask(1, 6, window=5).visible is not None
+
+
+def test_gradients_with_padding_are_finite():
+    q, k, v = (torch.randn(1, 6, 2, 4, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, doc_ids=torch.tensor([[-1, -1, 0, 0, 0, 0]]))
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+    assert all((g[:, :2] == 0).all() for g in grads)
+
+
+def test_bad_input_is_named(unchecked):
+    op = unchecked(attention)
+    q = torch.randn(1, 6, 3, 4)
+    k = torch.randn(1, 6, 2, 4)
+    with pytest.raises(ValueError, match="q has 3 heads, not a multiple of the 2 heads of k"):
+        op(q, k, k)
+    with pytest.raises(ValueError, match="window is 0"):
+        op(k, k, k, window=0)
+    with pytest.raises(ValueError, match=r"doc_ids has shape \(1, 5\), expected \(1, 6\)"):
+        op(k, k, k, doc_ids=torch.zeros(1, 5, dtype=torch.long))

@@ -1,0 +1,234 @@
+"""2-simplicial attention: the oracle against the definition written out, every implementation against the oracle."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sidlm.ops import two_simplicial_attention
+
+NAMES = ("q", "k", "v", "k2", "v2")
+
+
+def inputs(batch, steps, heads, groups, dim, *, s1=None, s2=None, docs=0, dtype=torch.float64, seed=0):
+    make = torch.Generator().manual_seed(seed)
+    shapes = [(steps, heads)] + [(s or steps, groups) for s in (s1, s1, s2, s2)]
+    xs = [torch.randn(batch, *shape, dim, generator=make, dtype=torch.float64).to(dtype) for shape in shapes]
+    ids = None
+    if docs:
+        length = max(steps, s1 or 0, s2 or 0)
+        ids = torch.randint(-1, docs, (batch, length), generator=make).sort(dim=1).values
+    return xs, ids
+
+
+def run(xs, grad_seed=1, **kwargs):
+    """Output, LSE (zero at padding) and the five gradients of a random linear functional of both."""
+    xs = [x.detach().clone().requires_grad_() for x in xs]
+    out, lse = two_simplicial_attention(*xs, return_lse=True, **kwargs)
+    make = torch.Generator().manual_seed(grad_seed)
+    finite = lse.isfinite()
+    lse = lse.masked_fill(~finite, 0.0)
+    loss = (out.double() * torch.randn(out.shape, generator=make, dtype=torch.float64)).sum()
+    loss = loss + (lse.double() * torch.randn(lse.shape, generator=make, dtype=torch.float64)).sum()
+    return out.detach(), lse.detach(), finite, *torch.autograd.grad(loss, xs)
+
+
+def determinant_by_hand(a, b, c):
+    return a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
+
+
+@pytest.mark.parametrize("form", ["trilinear", "determinant"])
+def test_oracle_is_the_definition(form):
+    """Python loops over every pair and every dimension, no tensor algebra at all."""
+    (q, k, v, k2, v2), _ = inputs(1, 5, 2, 1, 4, seed=3)
+    w1, w2, b_k2, b_v2 = 3, 2, 0.3, -0.7
+    out, lse = two_simplicial_attention(
+        q, k, v, k2, v2, window=(w1, w2), form=form, k2_bias=b_k2, v2_bias=b_v2, return_lse=True, impl="reference"
+    )
+    for i, h in itertools.product(range(5), range(2)):
+        weights, values = [], []
+        for j, m in itertools.product(range(max(0, i - w1 + 1), i + 1), range(max(0, i - w2 + 1), i + 1)):
+            a, b, c = q[0, i, h].tolist(), k[0, j, 0].tolist(), [x + b_k2 for x in k2[0, m, 0].tolist()]
+            if form == "trilinear":
+                logit = sum(x * y * z for x, y, z in zip(a, b, c, strict=True))
+            else:  # one chunk of three, then a plain product over the one dimension left
+                logit = determinant_by_hand(a[:3], b[:3], c[:3]) + a[3] * b[3] * c[3]
+            weights.append(math.exp(logit / 2.0))  # scale 1/sqrt(4)
+            values.append([x * (y + b_v2) for x, y in zip(v[0, j, 0].tolist(), v2[0, m, 0].tolist(), strict=True)])
+        total = sum(weights)
+        expected = [sum(w * x[d] for w, x in zip(weights, values, strict=True)) / total for d in range(4)]
+        torch.testing.assert_close(out[0, i, h], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        assert abs(lse[0, i, h].item() - math.log(total)) < 1e-12
+
+
+GEOMETRIES = [
+    # batch, steps, heads, groups, dim, window, s1, s2, docs
+    (2, 37, 4, 2, 7, (9, 4), None, None, 0),
+    (1, 63, 3, 3, 60, (20, 5), None, None, 0),
+    (2, 70, 4, 2, 8, (4, 9), None, None, 3),
+    (2, 150, 2, 1, 6, (70, 5), None, None, 4),
+    (1, 130, 2, 1, 6, (300, 200), None, None, 2),
+    (1, 90, 8, 1, 5, (33, 3), None, None, 2),
+    (2, 5, 2, 1, 6, (30, 20), 17, 11, 3),
+    (2, 1, 2, 1, 6, (30, 20), 29, 19, 2),
+    (1, 40, 2, 2, 6, (17, 1), 45, 60, 0),
+    (2, 3, 2, 1, 6, (1, 1), None, None, 0),
+    (1, 1, 1, 1, 3, (512, 32), None, None, 0),
+]
+
+
+@pytest.mark.parametrize("form", ["trilinear", "determinant"])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_eager_equals_oracle_in_float64(geometry, form):
+    batch, steps, heads, groups, dim, window, s1, s2, docs = geometry
+    xs, ids = inputs(batch, steps, heads, groups, dim, s1=s1, s2=s2, docs=docs, seed=hash(geometry) % 2**31)
+    kwargs = {"window": window, "form": form, "k2_bias": 0.3, "v2_bias": 1.0, "doc_ids": ids}
+    for name, mine, oracle in zip(
+        ("out", "lse", "finite", *NAMES),
+        run(xs, impl="eager", **kwargs),
+        run(xs, impl="reference", **kwargs),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, oracle, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_small_budget_splits_heads(monkeypatch):
+    """Chunks of heads, within a group and across groups, are only a matter of memory."""
+    from sidlm.ops.simplicial import eager
+
+    xs, ids = inputs(2, 40, 4, 2, 6, docs=2)
+    whole = run(xs, window=(16, 4), doc_ids=ids, impl="eager")
+    for budget in (1, 16 * 4 * 31 * 2):
+        monkeypatch.setitem(eager.BUDGET, "cpu", budget)
+        for mine, other in zip(run(xs, window=(16, 4), doc_ids=ids, impl="eager"), whole, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_a_small_multiple_of_the_dtypes_own(dtype):
+    """Against float64 on the same rounded inputs, at most twice the error of the oracle run in that dtype by torch."""
+    xs, _ = inputs(2, 48, 4, 2, 32, seed=11)
+    xs = [x.to(dtype) for x in xs]
+    exact = run([x.double() for x in xs], window=(24, 6), impl="reference")
+    oracle, mine = (run(xs, window=(24, 6), impl=impl) for impl in ("reference", "eager"))
+    for name, e, o, m in zip(("out", "lse", "finite", *NAMES), exact, oracle, mine, strict=True):
+        if name != "finite":
+            own, error = ((x.double() - e).norm() / e.norm() for x in (o, m))
+            assert error <= 2 * own, name
+
+
+def test_with_k2_v2_zero_it_is_sliding_attention():
+    from sidlm.ops import attention
+
+    xs, ids = inputs(2, 50, 4, 2, 8, docs=3)
+    q, k, v, k2, v2 = xs
+    mine = two_simplicial_attention(
+        q, k, v, k2 * 0, v2 * 0, window=(11, 4), k2_bias=1.0, v2_bias=1.0, doc_ids=ids, impl="eager"
+    )
+    torch.testing.assert_close(mine, attention(q, k, v, window=11, doc_ids=ids), rtol=1e-12, atol=1e-12)
+
+
+def test_axes_are_symmetric():
+    (q, k, v, k2, v2), _ = inputs(1, 40, 2, 1, 9)
+    one = two_simplicial_attention(q, k, v, k2, v2, window=(13, 4))
+    other = two_simplicial_attention(q, k2, v2, k, v, window=(4, 13))
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_documents_equal_separate_sequences():
+    (q, k, v, k2, v2), _ = inputs(1, 60, 2, 1, 6)
+    ids = torch.tensor([[0] * 23 + [4] * 37])
+    packed = two_simplicial_attention(q, k, v, k2, v2, window=(16, 5), doc_ids=ids)
+    for part in (slice(0, 23), slice(23, 60)):
+        alone = two_simplicial_attention(*(x[:, part] for x in (q, k, v, k2, v2)), window=(16, 5))
+        torch.testing.assert_close(packed[:, part], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_first_document_does_not_touch_the_second_bit_for_bit():
+    xs, _ = inputs(1, 60, 2, 1, 6, dtype=torch.float32)
+    ids = torch.tensor([[0] * 23 + [1] * 37])
+    before = two_simplicial_attention(*xs, window=(16, 5), doc_ids=ids)
+    after = two_simplicial_attention(
+        *(torch.cat((x[:, :23] * -7, x[:, 23:]), 1) for x in xs), window=(16, 5), doc_ids=ids
+    )
+    assert torch.equal(before[:, 23:], after[:, 23:])
+    assert not torch.equal(before[:, :23], after[:, :23])
+
+
+def test_padding_is_zero_and_unseen():
+    xs, _ = inputs(1, 12, 2, 1, 6)
+    ids = torch.tensor([[-1] * 4 + [0] * 8])
+    out, lse = two_simplicial_attention(*xs, window=(6, 3), doc_ids=ids, return_lse=True)
+    assert (out[:, :4] == 0).all() and (lse[:, :4] == -torch.inf).all()
+    alone = two_simplicial_attention(*(x[:, 4:] for x in xs), window=(6, 3))
+    torch.testing.assert_close(out[:, 4:], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_nan_in_one_sequence_stays_there():
+    xs, _ = inputs(2, 12, 2, 1, 6)
+    for x in xs:
+        x[0] = torch.nan
+    out = two_simplicial_attention(*xs, window=(6, 3))
+    assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registered_as_an_operator(dtype):
+    from sidlm.ops.simplicial.api import _two_simplicial
+
+    xs, ids = inputs(1, 20, 2, 1, 6, docs=2, dtype=dtype)
+    xs = [x.requires_grad_() for x in xs]
+    for form, doc_ids in (("trilinear", None), ("determinant", ids)):
+        args = (*xs, 7, 3, form, 0.4, 0.1, 1.0, doc_ids)
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(_two_simplicial, args, test_utils=tests)
+
+
+def test_compiles_to_one_graph(unchecked):
+    xs, ids = inputs(1, 40, 2, 1, 6, docs=2, dtype=torch.float32)
+    op = unchecked(two_simplicial_attention)
+
+    def loss(*xs):
+        return op(*xs, window=(9, 4), form="determinant", doc_ids=ids).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    a, b = ([x.clone().requires_grad_() for x in xs] for _ in range(2))
+    for mine, other in zip(torch.autograd.grad(compiled(*a), a), torch.autograd.grad(loss(*b), b), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def _with(xs, name, value):
+    return [value if n == name else x for n, x in zip(NAMES, xs, strict=True)]
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_bad_input_is_named(impl, unchecked):
+    xs, _ = inputs(2, 8, 4, 2, 6)
+    q, k, v, k2, v2 = xs
+
+    def fails(message, args=xs, **kwargs):
+        with pytest.raises(ValueError, match=message):
+            unchecked(two_simplicial_attention)(*args, **{"window": (4, 2), "impl": impl, **kwargs})
+
+    fails(r"k2 has D 5, expected 6", _with(xs, "k2", k2[..., :5]))
+    fails(r"v has batch size 1, expected 2", _with(xs, "v", v[:1]))
+    fails(r"q has 3 heads, not a multiple of the 2 heads of k", _with(xs, "q", q[:, :, :3]))
+    fails(r"k2 has G 1, expected 2", _with(xs, "k2", k2[:, :, :1]))
+    fails(r"k has 7 positions, fewer than the 8 of q", _with(xs, "k", k[:, 1:]))
+    fails(r"v2 has 9 positions, but k2 has 8", _with(xs, "v2", torch.cat((v2, v2[:, :1]), 1)))
+    fails(r"v is torch.float32, but q is torch.float64", _with(xs, "v", v.float()))
+    fails(r"window\[1\] is 0, but must be at least 1", window=(4, 0))
+    fails(r"form is 'cubic', but must be one of trilinear, determinant", form="cubic")
+    fails(r"doc_ids has shape \(2, 7\), expected \(2, 8\)", doc_ids=torch.zeros(2, 7, dtype=torch.long))
+    descending = torch.tensor([[0] * 8, [0, 0, 1, 1, 0, 0, 1, 1]])
+    fails(r"row 1 has 0 at position 4 after 1", doc_ids=descending)
+
+
+def test_unknown_implementation_is_named(monkeypatch):
+    xs, _ = inputs(1, 4, 1, 1, 3)
+    with pytest.raises(ValueError, match="no implementation 'cuda'; there are eager, reference"):
+        two_simplicial_attention(*xs, impl="cuda")
+    monkeypatch.setenv("SID_IMPL", "simplicial=nothing")
+    with pytest.raises(ValueError, match="no implementation 'nothing'"):
+        two_simplicial_attention(*xs)
