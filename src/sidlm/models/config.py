@@ -55,8 +55,11 @@ class SidConfig(PreTrainedConfig):
     """transformers' rope dictionary (None: rope_type "default", rope_theta 500000)"""
     tie_word_embeddings: bool = False
     """whether the output head is the embedding"""
-    initializer_range: float = 0.02
-    """standard deviation of the initial weights; o_proj and down_proj get it divided by sqrt(2 * layers)"""
+    initializer_range: float | None = None
+    """standard deviation of the initial weights (None: 1/sqrt(hidden_size)); o_proj and down_proj get it divided by
+    sqrt(2 * layers)"""
+    embedding_multiplier: float | int = 1.0
+    """factor of the embedding at the input: sqrt(hidden_size) gives a tied embedding of small weights unit scale there"""
     layer_types: list[str] | tuple[str, ...] | None = None
     """mixer of each layer: full_attention, sliding_attention or simplicial_attention (None: every fourth simplicial)"""
     sliding_window: int = 4096
@@ -103,6 +106,8 @@ class SidConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.initializer_range is None:
+            self.initializer_range = max(self.hidden_size, 1) ** -0.5
         if self.layer_types is None:
             self.layer_types = default_layer_types(self.num_hidden_layers)
         # copies: a config must not change because the lists and dictionaries it was built from do

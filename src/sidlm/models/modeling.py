@@ -146,7 +146,7 @@ class SidModel(SidPreTrainedModel):
         """Hidden states (B, T, hidden_size) after the final norm.
 
         Args:
-            input_ids: (B, T) ids, or inputs_embeds: (B, T, hidden_size); exactly one of them.
+            input_ids: (B, T) ids, or inputs_embeds: (B, T, hidden_size), taken as they are; exactly one of them.
             attention_mask: (B, past + T), zero at padding. Only padding: packed documents are told by the next two.
             position_ids: (B or 1, T). Default: counted from the first token that attention_mask keeps. Without
                 doc_ids and with nothing cached, a position that does not grow starts a new document, whatever
@@ -160,7 +160,7 @@ class SidModel(SidPreTrainedModel):
             ValueError: shapes that disagree, a 4-D attention_mask, a cache of another kind, attentions asked for.
         """
         self._check_request(input_ids, inputs_embeds, output_attentions)
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -189,6 +189,10 @@ class SidModel(SidPreTrainedModel):
             hidden_states=(*states[:-1], x) if collect else None,
         )
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
 
     def _check_request(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attentions: bool | None) -> None:
         if (input_ids is None) == (inputs_embeds is None):
