@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     "flex": dispatch.Implementation(flex.attention, flex.why_not),
     "reference": dispatch.Implementation(reference.attention, reference.why_not),
 }
+FLEX_BLOCK = 128  # FlexAttention's block of queries
 _VISIBLE = {"sdpa": sdpa.visible, "flex": flex.visible, "reference": sdpa.visible}
 
 
@@ -39,12 +40,13 @@ def attention_mask(
 ) -> Mask:
     """The mask of :func:`attention` for these lengths, window and documents, to be passed as ``mask=``.
 
-    On CUDA, FlexAttention serves whatever is not plain causal attention, since torch's fused kernels there skip no
-    masked block; on a CPU, where FlexAttention has no backward, a dense mask does.
+    On CUDA, FlexAttention serves training rows that are not plain causal attention, since torch's fused kernels there
+    skip no masked block. It compiles once per length, so ragged lengths (evaluation, decoding) and a CPU, where it has
+    no backward, take a dense mask.
     """
     device = torch.device(device)
     plain = doc_ids is None and (window is None or kv_len <= window)
-    if impl is None and not plain and device.type == "cuda" and q_len > 1:
+    if impl is None and not plain and device.type == "cuda" and q_len == kv_len and q_len % FLEX_BLOCK == 0:
         impl = "flex"
     impl = dispatch.choose("attention", IMPLEMENTATIONS, impl, device, torch.float32)
     own = None if doc_ids is None else doc_ids[:, kv_len - q_len :]
