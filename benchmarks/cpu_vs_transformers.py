@@ -42,8 +42,7 @@ PEER = "transformers"
 def build(name: str, shape: dict) -> dict[str, torch.nn.Module]:
     """The peer, Sid with the peer's weights, and Sid's own arch."""
     base = name if name in ("nano", "micro") else "micro"
-    # Llama has no embedding multiplier
-    llama, own = (preset(base, arch=arch, **shape, embedding_multiplier=1.0) for arch in ("llama", "sid"))
+    llama, own = (preset(base, arch=arch, **shape) for arch in ("llama", "sid"))
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings", "rms_norm_eps",
              "rope_parameters")  # fmt: skip

@@ -12,7 +12,7 @@ def test_every_op_of_the_table_is_checked_and_right(sid):
     status, out, err = sid("doctor", "--json", "--device", "cpu")
     assert status == 0 and not err
     report = json.loads(out)
-    assert report["machine"]["torch"] == torch.__version__
+    assert report["machine"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"python", "transformers", "triton", "threads", "memory_bytes", "disk_free_bytes"} <= set(report["machine"])
     rows = report["operations"]
     assert {(row["op"], row["impl"]) for row in rows} == {

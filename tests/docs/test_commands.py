@@ -2,7 +2,7 @@
 
 A fenced block of ``bash`` holds commands, one per line; ``python`` is executed; a block whose info string ends in a
 file name (```` ```yaml my.yaml ````) is written to that file first. Blocks of one page run in order in one folder that
-holds nothing but a small trained model at runs/demo.
+holds nothing but a small trained model at runs/demo, the repository's configs and two texts.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
             raise AssertionError(f"unknown command {words[0]!r}: run it here or name it in NOT_RUN with the reason")
         if words[1:2] == ["train"] and "--help" not in words:
             words += ["--train.steps", "3", "--validation.documents", "4", "--samples.max_new_tokens", "4"]
+            if any(word.startswith("configs/") for word in words):  # sizes for a laptop's hour and for a GPU
+                words += ["--schedule.warmup_steps", "1", "--train.batch_size", "2", "--data.seq_len", "32"]
+                words += ["--model.preset", "nano", "--data.vocab_size", "512"]
         if words[1:2] == ["generate"]:
             words += ["--max-new-tokens", "4"]
         with contextlib.suppress(SystemExit):  # what --help raises
@@ -99,6 +102,9 @@ def test_blocks_of_a_page_run(page, tmp_path, monkeypatch, demo_run, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     shutil.copytree(demo_run, tmp_path / "runs" / "demo")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for name in ("notes.txt", "more-notes.txt"):
+        shutil.copy(ROOT / "LICENSE", tmp_path / name)
     names: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page):
         where = f"{page.name}:{block.line}"

@@ -94,8 +94,9 @@ def test_batch_surgery(model_of, kind, ids):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
 
 
-def test_reset_starts_over(model_of, kind, ids):
-    model = model_of(kind)
+def test_reset_starts_over(model_of, ids):
+    """Of Sid's own layers; what reset does to transformers' layers differs between its releases."""
+    model = model_of("mixed", layer_types=["simplicial_attention"] * 3)
     cache = DynamicCache(config=model.config)
     model(ids(2, 12), past_key_values=cache)
     cache.reset()

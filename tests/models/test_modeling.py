@@ -190,10 +190,11 @@ def test_blocks_compile_without_a_graph_break():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_initial_scales(model_of):
+@pytest.mark.parametrize("tied", [False, True])
+def test_initial_scales(model_of, tied):
     std = 0.02
     model = model_of("mixed", hidden_size=256, intermediate_size=512, head_dim=64, initializer_range=std,
-                     num_local_experts=4, num_shared_experts=1)  # fmt: skip
+                     num_local_experts=4, num_shared_experts=1, tie_word_embeddings=tied)  # fmt: skip
     residual = std / math.sqrt(2 * 3)
     seen = set()
     for name, p in model.named_parameters():
@@ -202,10 +203,10 @@ def test_initial_scales(model_of):
             continue
         leaf = next(part for part in reversed(name.split(".")) if part != "weight")
         seen.add(leaf)
-        expected = residual if leaf in ("o_proj", "down_proj") else std
+        expected = {"o_proj": residual, "down_proj": residual, "embed_tokens": std if tied else 1.0}.get(leaf, std)
         assert abs(p.std().item() / expected - 1) < 0.1, (name, p.std().item(), expected)
         assert abs(p.mean().item()) < expected / 10, name
-    assert {"q_proj", "k2_proj", "v2_proj", "o_proj", "up_proj", "down_proj", "router", "lm_head"} <= seen
+    assert {"q_proj", "k2_proj", "v2_proj", "o_proj", "up_proj", "down_proj", "router", "embed_tokens"} <= seen
 
 
 def test_loss_at_initialisation_is_that_of_a_guess(model_of, kind, ids):

@@ -305,7 +305,7 @@ def test_it_learns_and_reports(tmp_path, argv):
     for name in ("config.yaml", "command.txt", "environment.json", "loss.png", "tensorboard",
                  "tokenizer/tokenizer.json", "model/config.json", "model/tokenizer.json", "samples.jsonl"):  # fmt: skip
         assert (out / name).exists(), name
-    assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__
+    assert json.loads((out / "environment.json").read_text())["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [r["step"] for r in read_json_lines(out / "samples.jsonl")] == [20, 20, 40, 40]
     page = (out / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "&lt;script&gt;alert(2)" in page

@@ -16,12 +16,12 @@ from sidlm.errors import SidError
 if TYPE_CHECKING:
     from sidlm.train.config import RunConfig
 
-STEPS = 600
+STEPS = 1500
 SETTINGS = (
     *("--model.preset", "nano", "--model.arch", "sid"),
     *("--data.train", "embedded", "--data.seq_len", "256"),
-    *("--optim.lr", "3e-3", "--train.batch_size", "8"),
-    *("--validation.every", "100", "--checkpoint.every", "50"),
+    *("--optim.lr", "3e-3", "--train.batch_size", "4"),
+    *("--validation.every", "250", "--checkpoint.every", "100"),
 )
 PROMPTS = ("def main(", "The")
 PROBE_STEPS = 8

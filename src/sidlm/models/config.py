@@ -57,9 +57,7 @@ class SidConfig(PreTrainedConfig):
     """whether the output head is the embedding"""
     initializer_range: float | None = None
     """standard deviation of the initial weights (None: 1/sqrt(hidden_size)); o_proj and down_proj get it divided by
-    sqrt(2 * layers)"""
-    embedding_multiplier: float | int = 1.0
-    """factor of the embedding at the input: sqrt(hidden_size) gives a tied embedding of small weights unit scale there"""
+    sqrt(2 * layers), and an embedding that is not the output head starts at 1"""
     layer_types: list[str] | tuple[str, ...] | None = None
     """mixer of each layer: full_attention, sliding_attention or simplicial_attention (None: every fourth simplicial)"""
     sliding_window: int = 4096

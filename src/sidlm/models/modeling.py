@@ -97,10 +97,16 @@ class SidPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal(initializer_range); what feeds the residual stream divided by sqrt(2 * layers); norms one."""
+        """Normal(initializer_range); what feeds the residual stream divided by sqrt(2 * layers); norms one.
+
+        An embedding that is not the output head too starts at unit scale, the scale at which the blocks see it after
+        their norm: small models leave the entropy of single tokens much sooner (docs/LOG.md).
+        """
         std = self.config.initializer_range
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std if self.config.tie_word_embeddings else 1.0)
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, mean=0.0, std=residual_std if getattr(module, "to_residual", False) else std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
@@ -146,7 +152,7 @@ class SidModel(SidPreTrainedModel):
         """Hidden states (B, T, hidden_size) after the final norm.
 
         Args:
-            input_ids: (B, T) ids, or inputs_embeds: (B, T, hidden_size), taken as they are; exactly one of them.
+            input_ids: (B, T) ids, or inputs_embeds: (B, T, hidden_size); exactly one of them.
             attention_mask: (B, past + T), zero at padding. Only padding: packed documents are told by the next two.
             position_ids: (B or 1, T). Default: counted from the first token that attention_mask keeps. Without
                 doc_ids and with nothing cached, a position that does not grow starts a new document, whatever
@@ -160,7 +166,7 @@ class SidModel(SidPreTrainedModel):
             ValueError: shapes that disagree, a 4-D attention_mask, a cache of another kind, attentions asked for.
         """
         self._check_request(input_ids, inputs_embeds, output_attentions)
-        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -189,10 +195,6 @@ class SidModel(SidPreTrainedModel):
             hidden_states=(*states[:-1], x) if collect else None,
         )
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        x = self.embed_tokens(input_ids)
-        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
 
     def _check_request(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attentions: bool | None) -> None:
         if (input_ids is None) == (inputs_embeds is None):

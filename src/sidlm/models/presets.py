@@ -11,28 +11,24 @@ from sidlm.models.flops import num_parameters
 
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": {
-        "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True,
+        "vocab_size": 4096, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": False,
         "max_position_embeddings": 2048, "simplicial_window": [64, 8],
-        "embedding_multiplier": 11.31,
     },
     "micro": {
-        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 448, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "tie_word_embeddings": True,
+        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "tie_word_embeddings": False,
         "max_position_embeddings": 2048, "simplicial_window": [128, 16],
-        "embedding_multiplier": 16.00,
     },
     "mini": {
-        "vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True,
+        "vocab_size": 8192, "hidden_size": 384, "intermediate_size": 640, "num_hidden_layers": 8,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False,
         "max_position_embeddings": 4096, "simplicial_window": [256, 16],
-        "embedding_multiplier": 19.60,
     },
     "small": {
-        "vocab_size": 32768, "hidden_size": 768, "intermediate_size": 2944, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True,
+        "vocab_size": 32768, "hidden_size": 768, "intermediate_size": 1920, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
         "max_position_embeddings": 8192, "simplicial_window": [512, 32],
-        "embedding_multiplier": 27.71,
     },
     "1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -55,9 +51,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192, "simplicial_window": [512, 32],
     },
 }  # fmt: skip
-"""Sizes by name. The tied embedding of the small ones is scaled by sqrt(hidden_size) at the input; without that they
-stay at the entropy of single tokens for hundreds of steps (docs/LOG.md). intermediate_size is the Llama arch's (8b, 70b,
-405b: "The Llama 3 herd", table 3; 1b: Llama 3.2)."""
+"""Sizes by name. The small ones have an output head of their own, so that their embedding can start at unit scale;
+tied, they stay at the entropy of single tokens for hundreds of steps (docs/LOG.md). intermediate_size is the Llama
+arch's (8b, 70b, 405b: "The Llama 3 herd", table 3; 1b: Llama 3.2)."""
 
 ARCHS = ("sid", "llama")
 
@@ -95,10 +91,10 @@ def preset(name: str, *, arch: str = "sid", vocab_size: int | None = None, **ove
 def _matching_width(fields: dict[str, Any], target: int) -> int:
     """The feed-forward width at which a dense model of these fields has about ``target`` parameters.
 
-    Rounded to a multiple of 128 (tensor-core tiles) from a hidden_size of 512 up, of 16 below.
+    Rounded to a multiple of 128 (tensor-core tiles) from a hidden_size of 512 up, of 8 below.
     """
     dense = fields | {"num_local_experts": 0, "num_shared_experts": 0}
-    multiple = 128 if fields["hidden_size"] >= 512 else 16
+    multiple = 128 if fields["hidden_size"] >= 512 else 8
     one, two = (num_parameters(_build(dense | {"intermediate_size": width})) for width in (1, 2))
     width = 1 + (target - one) / (two - one)
     return max(multiple, round(width / multiple) * multiple)

@@ -31,7 +31,8 @@ def apply_rope(
     """Rotate dimensions (i, i + D/2) by the angle of position t: the pairing of Llama checkpoints in safetensors."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def apply_rope3(

@@ -41,12 +41,13 @@ def attention_mask(
     """The mask of :func:`attention` for these lengths, window and documents, to be passed as ``mask=``.
 
     On CUDA, FlexAttention serves training rows that are not plain causal attention, since torch's fused kernels there
-    skip no masked block. It compiles once per length, so ragged lengths (evaluation, decoding) and a CPU, where it has
-    no backward, take a dense mask.
+    skip no masked block. It compiles once per length, so evaluation and decoding with their ragged lengths take a dense
+    mask, as does a CPU, where it has no backward.
     """
     device = torch.device(device)
     plain = doc_ids is None and (window is None or kv_len <= window)
-    if impl is None and not plain and device.type == "cuda" and q_len == kv_len and q_len % FLEX_BLOCK == 0:
+    training = torch.is_grad_enabled() and q_len == kv_len and q_len % FLEX_BLOCK == 0
+    if impl is None and not plain and device.type == "cuda" and training:
         impl = "flex"
     impl = dispatch.choose("attention", IMPLEMENTATIONS, impl, device, torch.float32)
     own = None if doc_ids is None else doc_ids[:, kv_len - q_len :]

@@ -7,14 +7,14 @@ three matrix products per chunk, as the unfused loss does, and the memory of one
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Logits held at once: what a CPU's cache takes gladly, and what fills a GPU."""
 
 
 def _chunks(tokens: int, vocab: int, chunk: int | None, device: torch.device) -> range:
-    size = chunk or max(16, CHUNK_ELEMENTS.get(device.type, 1 << 26) // vocab)
+    # fewer rows than this, and the products wait for the weight matrix instead of computing
+    size = chunk or max(512, CHUNK_ELEMENTS.get(device.type, 1 << 26) // vocab)
     return range(0, tokens, size)
 
 
@@ -23,40 +23,47 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = hidden @ weight.T
-    return F.log_softmax(logits, dim=-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+def _high(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _nll_and_probs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL (n, 1) of target (n, 1), and the probabilities (n, V), which overwrite the logits where the dtype is theirs."""
+    high = _high(logits.dtype)
+    peak, where = logits.max(dim=1, keepdim=True)
+    gap = peak.to(high) - logits.gather(1, target).to(high)
+    probs = torch.softmax(logits, dim=1, dtype=high, out=logits if logits.dtype == high else None)
+    # log-sum-exp is told by the largest probability, at least 1/V; the target's own may have underflowed
+    return gap - probs.gather(1, where).log(), probs
 
 
 class _SumLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype) -> Tensor:
-        x, w = hidden.to(dtype), weight.to(dtype)
+        ignored, target = (labels < 0)[:, None], labels.clamp_min(0)[:, None]
+        # a row of zeros adds nothing to the weight's gradient
+        x, w = hidden.to(dtype).masked_fill(ignored, 0.0), weight.to(dtype)
         train_x, train_w = ctx.needs_input_grad[:2]
         ctx.grad_hidden = torch.empty_like(x) if train_x else None
-        high = torch.float64 if dtype == torch.float64 else torch.float32
+        high = _high(dtype)
         ctx.grad_weight = torch.zeros(weight.shape, dtype=high, device=weight.device) if train_w else None
         ctx.dtypes = hidden.dtype, weight.dtype
         total = torch.zeros((), dtype=high, device=x.device)
         steps = _chunks(len(x), len(w), chunk, x.device)
+        logits = x.new_empty(min(steps.step, len(x)), len(w))
         for start in steps:
             part = slice(start, start + steps.step)
-            valid = labels[part] >= 0
-            target = labels[part].clamp_min(0)[:, None]
-            log_probs = _log_probs(x[part], w)
-            total -= log_probs.gather(1, target)[:, 0].masked_fill(~valid, 0.0).sum()
-            if not (train_x or train_w):
-                continue
-            grad = log_probs.exp_()
-            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand_as(target))
-            grad = grad.mul_(valid[:, None]).to(dtype)
-            if ctx.grad_hidden is not None:
+            nll, probs = _nll_and_probs(torch.mm(x[part], w.T, out=logits[: len(x[part])]), target[part])
+            total += nll.masked_fill(ignored[part], 0.0).sum()
+            grad = probs.scatter_add_(1, target[part], probs.new_full((), -1.0).expand_as(nll)).to(dtype)
+            if train_x:
                 torch.mm(grad, w, out=ctx.grad_hidden[part])
-            if ctx.grad_weight is not None:
-                if dtype == high:
-                    ctx.grad_weight.addmm_(grad.T, x[part])
-                else:
-                    ctx.grad_weight += grad.T @ x[part]
+            if train_w and dtype == high:
+                ctx.grad_weight.addmm_(grad.T, x[part])
+            elif train_w:
+                ctx.grad_weight += grad.T @ x[part]
+        if train_x:
+            ctx.grad_hidden.masked_fill_(ignored, 0.0)
         return total
 
     @staticmethod
@@ -105,7 +112,6 @@ def linear_cross_entropy(
             w, out = weight.to(dtype), []
             for start in steps:
                 part = slice(start, start + steps.step)
-                log_probs = _log_probs(hidden[part].to(dtype), w)
-                nll = -log_probs.gather(1, labels[part].clamp_min(0)[:, None])[:, 0]
-                out.append(nll.masked_fill(labels[part] < 0, 0.0))
+                nll, _ = _nll_and_probs(hidden[part].to(dtype) @ w.T, labels[part].clamp_min(0)[:, None])
+                out.append(nll[:, 0].masked_fill(labels[part] < 0, 0.0))
             return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)

@@ -1,0 +1,94 @@
+"""A plain Llama against a Sid model on real text, on a CPU: equal parameters, equal tokens, the same data per seed.
+
+    python benchmarks/corpus_cpu.py --config configs/nano.yaml --train DATA... --valid FILE --tokenizer FOLDER \
+        --seeds 0 1 2 --jobs 2 --json benchmarks/results/corpus_cpu_nano.json
+
+Every run is the real command, `sid train CONFIG --model.arch ARCH --train.seed SEED ...`, in a process of its own with
+one thread, --jobs at a time; then `sid evaluate` gives bits per byte per domain of the held-out file. Speed is
+the median over steps, memory the peak resident size of the training process.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import sidlm
+
+SID = str(Path(sys.executable).with_name("sid"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def measured(command: list[str]) -> int:
+    """Run a command and return its peak resident size in bytes."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f"{shlex.join(command)} ended with {process.returncode}:\n{log.read().decode()[-3000:]}")
+    return usage.ru_maxrss * 1024
+
+
+def run(args: argparse.Namespace, arch: str, seed: int, out: Path) -> dict:
+    sources = ["--data.train", *args.train, "--data.valid", args.valid, "--data.tokenizer", args.tokenizer]
+    train = [SID, "train", args.config, "--model.arch", arch, "--train.seed", str(seed), "--train.out", str(out)]
+    train += [*sources, "--train.device", "cpu", "--checkpoint.every", "0", "--samples.prompts"]
+    # the comparison evaluates at the end, by the command; the loop need not
+    train += ["--validation.every", "0", *args.settings]
+    memory = measured(train)
+    evaluation = out / "evaluation.json"
+    measured([SID, "evaluate", str(out), "--data", args.valid, "--device", "cpu", "--json", str(evaluation)])
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    headline = {
+        "arch": arch,
+        "seed": seed,
+        "steps": records[-1]["step"],
+        "tokens": records[-1]["tokens"],
+        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records[1:]),
+        "mfu": statistics.median(r["mfu"] for r in records[1:]),
+        "peak_memory_mb": memory / 1e6,
+        "command": shlex.join(["sid", *train[1:]]),
+        "loss": [r["loss"] and round(r["loss"], 4) for r in records],
+    }
+    print(f"{arch} seed {seed}: {headline['tokens_per_second']:.0f} tok/s, {memory / 1e6:.0f} MB", flush=True)
+    config = json.loads((out / "model" / "config.json").read_text())
+    return headline | {"evaluation": json.loads(evaluation.read_text()), "config": config}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--train", nargs="+", required=True)
+    parser.add_argument("--valid", required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", default="runs/corpus_cpu", help="where the run folders go")
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--settings", nargs=argparse.REMAINDER, default=[], help="more settings of sid train, last")
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [
+            pool.submit(run, args, arch, seed, Path(args.out) / f"{Path(args.config).stem}-{arch}-{seed}")
+            for seed in args.seeds
+            for arch in ("llama", "sid")
+        ]
+        rows = [future.result() for future in futures]
+    facts = {"torch": torch.__version__, "sidlm": sidlm.__version__, "cpu": platform.processor() or platform.machine()}
+    facts |= {"threads_per_run": 1, "jobs": args.jobs}
+    Path(args.json).write_text(json.dumps({"facts": facts, "runs": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
