@@ -76,7 +76,10 @@ def main() -> None:
         print(json.dumps(measure(CASES[name], impl, args.repeats)))
         return
     rows = []
-    print(f"{'case':<24}{'T':>6}{'H':>3}{'D':>5} {'window':>10} {'impl':<7}{'fwd s':>8}{'bwd s':>8}{'GFLOP/s':>9}{'peak MB':>9}")
+    print(
+        f"{'case':<24}{'T':>6}{'H':>3}{'D':>5} {'window':>10} {'impl':<7}{'fwd s':>8}"
+        f"{'bwd s':>8}{'GFLOP/s':>9}{'peak MB':>9}"
+    )
     for name, case in CASES.items():
         for impl in case["impls"]:
             command = [sys.executable, __file__, "--only", f"{name}|{impl}", "--repeats", str(args.repeats)]

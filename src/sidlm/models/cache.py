@@ -4,6 +4,8 @@ Defining the class is what registers it: transformers' DynamicCache looks ``_lay
 a config with such layers. Full and sliding layers use transformers' own cache layers.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -61,7 +63,9 @@ class SimplicialCacheLayer(DynamicLayer):
     def _windows(self) -> tuple[int, int, int, int]:
         return self.window[0], self.window[0], self.window[1], self.window[1]
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None  # all four are set as one
+        assert self.keys2 is not None and self.values2 is not None
         return self.keys, self.values, self.keys2, self.values2
 
     def _store(self, tensors) -> None:
@@ -134,7 +138,7 @@ class SimplicialStaticCacheLayer(StaticLayer):
         raise ValueError(STATIC_CACHE_ERROR)
 
 
-def check_cache(cache: Cache, layer_types: list[str]) -> None:
+def check_cache(cache: Cache, layer_types: Sequence[str]) -> None:
     """Raise ValueError unless every layer of the cache can serve its layer of the model."""
     if isinstance(cache, Cache) and cache.is_compileable:
         raise ValueError(STATIC_CACHE_ERROR)

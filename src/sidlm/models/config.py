@@ -122,6 +122,7 @@ class SidConfig(PreTrainedConfig):
                      "head_dim", "intermediate_size", "sliding_window", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        assert self.num_key_value_heads is not None and self.head_dim is not None  # __post_init__ filled them in
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -134,11 +135,12 @@ class SidConfig(PreTrainedConfig):
         self._check_simplicial()
 
     def _check_layer_types(self) -> None:
-        if len(self.layer_types) != self.num_hidden_layers:
+        layer_types = self.layer_types or ()
+        if len(layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries, num_hidden_layers is {self.num_hidden_layers}"
+                f"layer_types has {len(layer_types)} entries, num_hidden_layers is {self.num_hidden_layers}"
             )
-        for i, layer_type in enumerate(self.layer_types):
+        for i, layer_type in enumerate(layer_types):
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"layer_types[{i}] must be one of {LAYER_TYPES}, got {layer_type!r}")
 

@@ -2,6 +2,7 @@
 
 A multiply-add is 2 FLOPs. Counted are the matrix products and the attention cores; not the embedding lookup, norms,
 softmax and activations. Attention counts what a query sees, not the tiles a kernel computes.
+The asserts below tell the type checker which fields SidConfig has filled in when it was built.
 """
 
 from sidlm.models.config import SidConfig
@@ -24,6 +25,7 @@ def visible_pairs(seq_len: int, w1: int, w2: int) -> int:
 
 def _mixer_weights(config: SidConfig, layer_type: str) -> int:
     """Weights of one layer's projections."""
+    assert config.num_key_value_heads is not None and config.head_dim is not None
     projections = 2 * config.num_attention_heads  # q and o
     projections += (4 if layer_type == "simplicial_attention" else 2) * config.num_key_value_heads
     return projections * config.head_dim * config.hidden_size
@@ -45,6 +47,7 @@ def num_parameters(config: SidConfig, non_embedding: bool = False, active_only: 
 
     non_embedding: without the embedding and the output head. active_only: of the experts, those one token runs.
     """
+    assert config.layer_types is not None and config.head_dim is not None
     total = config.hidden_size  # final norm
     for layer_type in config.layer_types:
         total += 2 * config.hidden_size + _mixer_weights(config, layer_type) + _mlp_weights(config, active_only)
@@ -57,6 +60,7 @@ def num_parameters(config: SidConfig, non_embedding: bool = False, active_only: 
 
 def _matmul_flops(config: SidConfig) -> int:
     """Forward FLOPs a token spends in matrix products with weights, the output head included."""
+    assert config.layer_types is not None
     weights = sum(_mixer_weights(config, t) + _mlp_weights(config, active_only=True) for t in config.layer_types)
     return 2 * (weights + config.vocab_size * config.hidden_size)
 
@@ -67,6 +71,7 @@ def _core_flops(config: SidConfig, seq_len: int) -> tuple[float, float]:
     Two products of head_dim per visible key or pair and query head: 4 * head_dim (arXiv 2507.02754, section 4; the
     elementwise product that joins two keys is not counted).
     """
+    assert config.layer_types is not None and config.head_dim is not None
     per_visible = 4 * config.head_dim * config.num_attention_heads
     seen = {
         "full_attention": visible_keys(seq_len),

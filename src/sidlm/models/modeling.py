@@ -27,12 +27,14 @@ class SidDecoderLayer(Block, GradientCheckpointingLayer):
 
 def mixer(config: SidConfig, layer_idx: int) -> nn.Module:
     """The attention module of one layer."""
+    # SidConfig fills these in when it is built
+    assert config.num_key_value_heads is not None and config.head_dim is not None and config.layer_types is not None
     sizes = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     layer_type = config.layer_types[layer_idx]
     if layer_type == "simplicial_attention":
         return SimplicialAttention(
             *sizes,
-            window=tuple(config.simplicial_window),
+            window=(config.simplicial_window[0], config.simplicial_window[1]),
             form=config.simplicial_form,
             position=config.simplicial_position,
             qk_norm=config.simplicial_qk_norm,
@@ -78,8 +80,8 @@ class SidPreTrainedModel(PreTrainedModel):
     config: SidConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("SidDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["SidDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     @classmethod
@@ -103,6 +105,7 @@ class SidPreTrainedModel(PreTrainedModel):
         their norm: small models leave the entropy of single tokens much sooner (docs/LOG.md).
         """
         std = self.config.initializer_range
+        assert std is not None  # filled in by SidConfig
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std if self.config.tie_word_embeddings else 1.0)
@@ -124,6 +127,8 @@ class SidModel(SidPreTrainedModel):
 
     def __init__(self, config: SidConfig):
         super().__init__(config)
+        # SidConfig fills these in when it is built
+        assert config.head_dim is not None and config.layer_types is not None and config.rope_parameters is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             SidDecoderLayer(config.hidden_size, mixer(config, i), feed_forward(config), config.rms_norm_eps)
@@ -167,17 +172,19 @@ class SidModel(SidPreTrainedModel):
         """
         self._check_request(input_ids, inputs_embeds, output_attentions)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        layer_types = self.config.layer_types
+        assert layer_types is not None  # filled in by SidConfig
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            check_cache(past_key_values, self.config.layer_types)
+            check_cache(past_key_values, layer_types)
         context = self._context(x, attention_mask, position_ids, doc_ids, past_key_values)
         positions = self.rotary(context.position_ids, x.shape[0])
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x]
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        for layer, layer_type in zip(self.layers, layer_types, strict=True):
             x = layer(
                 x,
                 positions,
@@ -232,7 +239,7 @@ class SidModel(SidPreTrainedModel):
         if cache is not None:
             _check_continuation(cache, doc_ids, past, given)
         masks = {}
-        for layer_type in set(self.config.layer_types) - {"simplicial_attention"}:
+        for layer_type in set(self.config.layer_types or ()) - {"simplicial_attention"}:
             window = self.config.sliding_window if layer_type == "sliding_attention" else None
             length = t + (past if window is None else min(past, window - 1))
             ids = None if doc_ids is None else doc_ids[:, -length:]
@@ -332,7 +339,7 @@ class SidForCausalLM(SidPreTrainedModel, GenerationMixin):
 
 
 def _as_dict(return_dict: bool | None, config: SidConfig) -> bool:
-    return config.return_dict if return_dict is None else return_dict
+    return bool(config.return_dict if return_dict is None else return_dict)
 
 
 def _padding(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:

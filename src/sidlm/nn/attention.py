@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidlm import ops
+from sidlm.nn.linear import residual_linear
 from sidlm.nn.rotary import Positions
 
 
@@ -32,8 +33,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.o_proj.to_residual = True  # for an init that scales such layers by depth
+        self.o_proj = residual_linear(num_heads * head_dim, hidden_size)
 
     def forward(
         self, x: Tensor, positions: Positions, *, cache: Any = None, mask: Any = None, doc_ids: Tensor | None = None

@@ -24,6 +24,9 @@ class MoEFeedForward(nn.Module):
     No token is dropped and no capacity exists, so a token's output does not depend on its batch.
     """
 
+    balance_bias: Tensor
+    expert_counts: Tensor
+
     def __init__(
         self,
         hidden_size: int,

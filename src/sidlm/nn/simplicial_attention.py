@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidlm import ops
+from sidlm.nn.linear import residual_linear
 from sidlm.nn.norm import RMSNorm
 from sidlm.nn.rotary import Positions
 
@@ -54,8 +55,7 @@ class SimplicialAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.k2_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.v2_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.o_proj.to_residual = True  # for an init that scales such layers by depth
+        self.o_proj = residual_linear(num_heads * head_dim, hidden_size)
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k2_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
@@ -76,11 +76,14 @@ class SimplicialAttention(nn.Module):
         k2 = self.k2_proj(x).view(b, t, -1, self.head_dim)
         v2 = self.v2_proj(x).view(b, t, -1, self.head_dim)
         if self.q_norm is not None:
+            assert self.k_norm is not None and self.k2_norm is not None
             q, k, k2 = self.q_norm(q), self.k_norm(k), self.k2_norm(k2)
         if self.position == "rope":
             q, k, k2 = (ops.apply_rope(z, positions.cos, positions.sin) for z in (q, k, k2))
         elif self.position == "rotation":
-            q, k, k2 = (ops.apply_rope3(z, positions.cos3, positions.sin3) for z in (q, k, k2))
+            cos3, sin3 = positions.cos3, positions.sin3
+            assert cos3 is not None and sin3 is not None
+            q, k, k2 = (ops.apply_rope3(z, cos3, sin3) for z in (q, k, k2))
         if cache is not None:
             new = (z.transpose(1, 2) for z in (k, v, k2, v2))
             k, v, k2, v2 = self._through_cache(cache, *new)
@@ -98,6 +101,7 @@ class SimplicialAttention(nn.Module):
             v2_bias=self.v2_bias,
             doc_ids=doc_ids,
         )
+        assert isinstance(out, Tensor)  # a pair only with return_lse
         return self.o_proj(out.reshape(b, t, -1))
 
     def _through_cache(self, cache: Any, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ def _high(dtype: torch.dtype) -> torch.dtype:
 
 
 def _nll_and_probs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """NLL (n, 1) of target (n, 1), and the probabilities (n, V), which overwrite the logits where the dtype is theirs."""
+    """NLL (n, 1) of target (n, 1), and the probabilities (n, V), written over the logits if the dtype is theirs."""
     high = _high(logits.dtype)
     peak, where = logits.max(dim=1, keepdim=True)
     gap = peak.to(high) - logits.gather(1, target).to(high)
@@ -44,9 +44,9 @@ class _SumLoss(torch.autograd.Function):
         # a row of zeros adds nothing to the weight's gradient
         x, w = hidden.to(dtype).masked_fill(ignored, 0.0), weight.to(dtype)
         train_x, train_w = ctx.needs_input_grad[:2]
-        ctx.grad_hidden = torch.empty_like(x) if train_x else None
+        grad_x = torch.empty_like(x) if train_x else None
         high = _high(dtype)
-        ctx.grad_weight = torch.zeros(weight.shape, dtype=high, device=weight.device) if train_w else None
+        grad_w = torch.zeros(weight.shape, dtype=high, device=weight.device) if train_w else None
         ctx.dtypes = hidden.dtype, weight.dtype
         total = torch.zeros((), dtype=high, device=x.device)
         steps = _chunks(len(x), len(w), chunk, x.device)
@@ -56,14 +56,15 @@ class _SumLoss(torch.autograd.Function):
             nll, probs = _nll_and_probs(torch.mm(x[part], w.T, out=logits[: len(x[part])]), target[part])
             total += nll.masked_fill(ignored[part], 0.0).sum()
             grad = probs.scatter_add_(1, target[part], probs.new_full((), -1.0).expand_as(nll)).to(dtype)
-            if train_x:
-                torch.mm(grad, w, out=ctx.grad_hidden[part])
-            if train_w and dtype == high:
-                ctx.grad_weight.addmm_(grad.T, x[part])
-            elif train_w:
-                ctx.grad_weight += grad.T @ x[part]
-        if train_x:
-            ctx.grad_hidden.masked_fill_(ignored, 0.0)
+            if grad_x is not None:
+                torch.mm(grad, w, out=grad_x[part])
+            if grad_w is not None and dtype == high:
+                grad_w.addmm_(grad.T, x[part])
+            elif grad_w is not None:
+                grad_w += grad.T @ x[part]
+        if grad_x is not None:
+            grad_x.masked_fill_(ignored, 0.0)
+        ctx.grad_hidden, ctx.grad_weight = grad_x, grad_w
         return total
 
     @staticmethod

@@ -5,6 +5,7 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from sidlm.ops import dispatch
 from sidlm.ops.simplicial import eager
@@ -105,7 +106,7 @@ def _check_doc_ids(doc_ids: Tensor, expected: tuple[int, int], device: torch.dev
         raise ValueError(f"doc_ids has shape {tuple(doc_ids.shape)}, expected {expected}")
     if doc_ids.is_floating_point() or doc_ids.device != device:
         raise ValueError(f"doc_ids is {doc_ids.dtype} on {doc_ids.device}, expected integers on {device}")
-    if doc_ids.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level():
+    if doc_ids.device.type != "cpu" or torch.compiler.is_compiling() or maybe_current_level():
         return  # reading values there would wait for the device or break the graph
     wrong = (doc_ids >= 0) & (doc_ids < doc_ids.cummax(dim=1).values)
     if bool(wrong.any()):
