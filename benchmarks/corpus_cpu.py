@@ -63,7 +63,8 @@ def run(args: argparse.Namespace, arch: str, seed: int, out: Path) -> dict:
     }
     print(f"{arch} seed {seed}: {headline['tokens_per_second']:.0f} tok/s, {memory / 1e6:.0f} MB", flush=True)
     config = json.loads((out / "model" / "config.json").read_text())
-    return headline | {"evaluation": json.loads(evaluation.read_text()), "config": config}
+    domains = json.loads(evaluation.read_text())
+    return headline | {"evaluation": {"seq_len": domains["seq_len"], "data": domains["data"]}, "config": config}
 
 
 def main() -> None:

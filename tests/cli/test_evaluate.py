@@ -39,7 +39,8 @@ def test_table_and_json_hold_what_bits_per_byte_says(sid, demo_run, text, tmp_pa
     assert got["seq_len"] == 16 and list(got["data"]) == ["animals", "things", "all"]
     for domain, part in want.items():
         assert got["data"][domain] == pytest.approx(part.as_dict(), rel=1e-5)
-        assert domain in shown and f"{part.bits_per_byte:.3f}"[:-1] in shown
+        # the table shows what the file holds; the other loading of the model may differ in the last bits
+        assert domain in shown and f"{got['data'][domain]['bits_per_byte']:.4f}" in shown
 
 
 def test_without_data_the_documents_that_training_held_out(sid, demo_run, corpus, tmp_path):
