@@ -71,7 +71,7 @@ def load_shard(shard: Shard, cfg: DataConfig, tokenizer: Tokenizer, *, log: Log 
     cfg.skip_corrupt) damaged input, and for a cache folder that is full or not writable, naming the bytes.
     """
     log = log or (lambda _: None)
-    identity = json.dumps([1, tokenizer.fingerprint, tokenizer.vocab_size, shard.identity(cfg)], sort_keys=True)
+    identity = json.dumps([2, tokenizer.fingerprint, tokenizer.vocab_size, shard.identity(cfg)], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     folder = cfg.cache_path / "tokens"
     final = folder / f"{key}.sidtok"

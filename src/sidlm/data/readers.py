@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from sidlm.data.config import DataConfig
 
 CHUNK_BYTES = 1 << 20
-SPLIT_ABOVE = 1 << 20  # a plain text file of more characters than this is cut
-PIECE_CHARS = 1 << 17  # into documents of at most this many
+SPLIT_ABOVE = 1 << 16  # a plain text file of more characters than this is cut, so that a book alone can hold some out
+PIECE_CHARS = 1 << 16  # into documents of at most this many
 
 
 class CorruptDataError(SidError):

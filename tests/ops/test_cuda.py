@@ -1,0 +1,49 @@
+"""The implementations on a GPU against the oracle in float64."""
+
+import pytest
+import torch
+
+from sidlm.ops import attention, attention_mask, two_simplicial_attention
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["trilinear", "determinant"])
+def test_eager_simplicial(form, dtype):
+    """At most four times the error of the oracle in that dtype: half-precision products round u and the weights."""
+    make = torch.Generator().manual_seed(0)
+    xs = [torch.randn(2, 100, heads, 48, generator=make).to(dtype) for heads in (4, 2, 2, 2, 2)]
+    ids = torch.randint(-1, 3, (2, 100), generator=make).sort(dim=1).values
+    grad = torch.randn(2, 100, 4, 48, generator=make, dtype=torch.float64)
+
+    def run(device, impl, dtype):
+        ys = [x.to(device, dtype).requires_grad_() for x in xs]
+        settings = {"window": (40, 9), "form": form, "k2_bias": 1.0, "v2_bias": 1.0}
+        out = two_simplicial_attention(*ys, doc_ids=ids.to(device), impl=impl, **settings)
+        grads = torch.autograd.grad(out, ys, grad.to(device, out.dtype))
+        return [x.double().cpu() for x in (out.detach(), *grads)]
+
+    exact = run("cpu", "reference", torch.float64)
+    for e, own, mine in zip(exact, run("cuda", "reference", dtype), run("cuda", "eager", dtype), strict=True):
+        assert (mine - e).norm() <= 4 * (own - e).norm()
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("docs", [False, True])
+def test_attention_in_training_rows(window, docs):
+    make = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 256, heads, 64, generator=make).cuda().bfloat16() for heads in (8, 2, 2))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    ids = torch.randint(0, 3, (2, 256), generator=make).sort(dim=1).values.cuda() if docs else None
+    mask = attention_mask(256, 256, window=window, doc_ids=ids, device="cuda")
+    assert mask.impl == ("sdpa" if window is None and not docs else "flex")
+    out = attention(q, k, v, mask=mask)
+    oracle = attention(q, k, v, window=window, doc_ids=ids, impl="reference")
+    torch.testing.assert_close(out, oracle, rtol=2e-2, atol=2e-2)
+    for mine, other in zip(
+        torch.autograd.grad(out.float().sum(), (q, k, v)),
+        torch.autograd.grad(oracle.float().sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert (mine - other).float().norm() <= 1e-2 * other.float().norm()
