@@ -82,7 +82,7 @@ GEOMETRIES = [
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_eager_equals_oracle_in_float64(geometry, form):
     batch, steps, heads, groups, dim, window, s1, s2, docs = geometry
-    xs, ids = inputs(batch, steps, heads, groups, dim, s1=s1, s2=s2, docs=docs, seed=hash(geometry) % 2**31)
+    xs, ids = inputs(batch, steps, heads, groups, dim, s1=s1, s2=s2, docs=docs, seed=GEOMETRIES.index(geometry))
     kwargs = {"window": window, "form": form, "k2_bias": 0.3, "v2_bias": 1.0, "doc_ids": ids}
     for name, mine, oracle in zip(
         ("out", "lse", "finite", *NAMES),
