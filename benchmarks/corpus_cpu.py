@@ -11,7 +11,6 @@ the median over steps, memory the peak resident size of the training process.
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-import sidlm
+from sidlm.train import hardware
 
 SID = str(Path(sys.executable).with_name("sid"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -86,8 +85,7 @@ def main() -> None:
             for arch in ("llama", "sid")
         ]
         rows = [future.result() for future in futures]
-    facts = {"torch": torch.__version__, "sidlm": sidlm.__version__, "cpu": platform.processor() or platform.machine()}
-    facts |= {"threads_per_run": 1, "jobs": args.jobs}
+    facts = hardware.environment(torch.device("cpu")) | {"threads_per_run": 1, "jobs": args.jobs}
     Path(args.json).write_text(json.dumps({"facts": facts, "runs": rows}, indent=1))
 
 

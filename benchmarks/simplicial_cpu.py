@@ -17,6 +17,7 @@ import time
 import torch
 
 from sidlm.ops import two_simplicial_attention
+from sidlm.train import hardware
 
 CASES = {
     "small, both": {"T": 256, "H": 2, "D": 64, "window": (64, 16), "impls": ("eager", "naive")},
@@ -98,7 +99,7 @@ def main() -> None:
             eager["naive_time_ratio"], eager["naive_memory_ratio"] = times[1] / times[0], memory[1] / memory[0]
             print(f"  naive / eager: time {times[1] / times[0]:.1f}x, memory above start {memory[1] / memory[0]:.1f}x")
     if args.json:
-        facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": args.repeats}
+        facts = hardware.environment(torch.device("cpu")) | {"repeats": args.repeats}
         with open(args.json, "w") as file:
             json.dump({"facts": facts, "rows": rows}, file, indent=1)
 
