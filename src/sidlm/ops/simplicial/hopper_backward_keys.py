@@ -1,0 +1,322 @@
+"""Gradients of k, v, k2 and v2 on Hopper: the backward pass of attention over virtual keys, in Gluon.
+
+With ``kappa[j, m] = k_j o k2_m`` and ``nu[j, m] = v_j o v2_m`` the logits are ``q . kappa`` and the output is a plain
+weighted sum of ``nu``: attention of the plain queries over pairs. For a fixed m its backward pass takes four products a
+pair (S, dP, d nu, d kappa), streams q and d out untouched, and yields
+
+    dk_j = sum_m dkappa[j, m] o k2_m        dk2_m = sum_j dkappa[j, m] o k_j        (v, v2 alike)
+
+A block of threads owns 64 keys j and a run of positions m, two at a time, one a warpgroup. S and dP are computed
+transposed, (pairs, rows), so that both weights are operands from registers. Partial sums go to slots that no other
+block writes and are added in a fixed order: the same bits every time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@gluon.jit
+def _job(S1, S2, T, w1, w2, MC, slots):
+    """This program's first key j (row of k), and its range of m (rows of k2). T, the last query, is at both ends."""
+    block = gl.program_id(0) // slots
+    j = block * 64
+    shift = S2 - S1
+    first = gl.maximum(j + shift - w2 + 1, 0)
+    end = gl.minimum(j + shift + 64 + w1 - 1, S2)
+    chunk = first // MC + gl.program_id(0) % slots
+    return j, gl.maximum(first - first % 2, chunk * MC), gl.minimum(end, chunk * MC + MC)
+
+
+@gluon.jit
+def _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS: gl.constexpr):
+    """First and last query that sees the second key m and one of the 64 keys from j on."""
+    t = m - (S2 - T)
+    j -= S1 - T
+    lo = gl.maximum(gl.maximum(t, j), 0)
+    hi = gl.minimum(gl.minimum(t + w2 - 1, j + 63 + w1 - 1), T - 1)
+    if m >= S2:
+        hi = lo - 1
+    elif HAS_DOCS:
+        hi = gl.minimum(hi, gl.load(last_ptr + b * S2 + m))
+    return lo, hi
+
+
+@gluon.jit
+def _span(m, j, last_ptr, b, T, S1, S2, w1, w2, R: gl.constexpr, HAS_DOCS: gl.constexpr):
+    """First row (query, head) and number of 64-row tiles for the pair of positions m, m + 1."""
+    lo, hi = _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
+    lo2, hi2 = _rows(m + 1, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
+    if lo > hi:
+        lo = lo2
+    hi = gl.maximum(hi, hi2)
+    return lo * R, gl.cdiv(gl.maximum(hi - lo + 1, 0) * R, 64)
+
+
+@gluon.jit
+def _producer(
+    q_desc, do_desc, lse_desc, delta_desc, q_smem, do_smem, lse_smem, delta_smem, full, empty, last_ptr,
+    T, S1, S2, w1, w2, MC, slots,
+    R: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    j, m, end = _job(S1, S2, T, w1, w2, MC, slots)
+    bg = gl.program_id(1)
+    step = 0
+    while m < end:
+        row, tiles = _span(m, j, last_ptr, bg // G, T, S1, S2, w1, w2, R, HAS_DOCS)
+        for n in range(tiles):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            bar = full.index(slot)
+            mbarrier.expect(bar, 2 * q_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes)
+            at = bg * (T * R) + row + n * 64
+            tma.async_copy_global_to_shared(q_desc, [at, 0], bar, q_smem.index(slot))
+            tma.async_copy_global_to_shared(lse_desc, [at], bar, lse_smem.index(slot))
+            tma.async_copy_global_to_shared(delta_desc, [at], bar, delta_smem.index(slot))
+            tma.async_copy_global_to_shared(do_desc, [at, 0], bar, do_smem.index(slot))
+            step += 1
+        m += 2
+
+
+@gluon.jit
+def _fold(d_pair, pair_row, kept, sums, scratch, out_ptr, D: gl.constexpr, o_layout: gl.constexpr):
+    """sums[j] += d_pair[j] o (row of m); out[:] = sum_j d_pair[j] o kept[j]. Zero times NaN is zero here."""
+    sums.store(sums.load(o_layout) + d_pair * pair_row[None, :])
+    product = d_pair * kept.load(o_layout).to(gl.float32)
+    product = gl.where(d_pair == 0.0, 0.0, product)
+    scratch.store(gl.sum(gl.reshape(product, [4, 16, D]), 1))  # over the rows of each warp
+    column: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [0, 1])
+    total = gl.sum(scratch.load(column), 0)
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, column))
+    gl.store(out_ptr + d, total, mask=d < D)
+
+
+@gluon.jit
+def _consumer(
+    q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
+    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
+    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, scale, k2_bias, v2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
+    WG: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_smem.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    bg = gl.program_id(1)
+    b = bg // G
+    j, m, end = _job(S1, S2, T, w1, w2, MC, slots)
+    kappa = pair_smem.index(2 * WG)
+    nu = pair_smem.index(2 * WG + 1)
+    scratch = kappa._reinterpret(gl.float32, [32, D], plain).slice(0, 4, dim=0)
+    k_kept = kept_smem.index(0)
+    v_kept = kept_smem.index(1)
+    zero = gl.zeros([64, 64], gl.float32, s_layout)
+    column = gl.arange(0, 64, layout=columns)
+    jt = j - (S1 - T) + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
+    d_wide = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
+    d_o = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+    block = gl.program_id(0) // slots
+    step = 0
+    turn = 0
+    while m < end:
+        mine = m + WG
+        t = mine - (S2 - T)
+        row, tiles = _span(m, j, last_ptr, b, T, S1, S2, w1, w2, R, HAS_DOCS)
+        lo, hi = _rows(mine, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
+        at = ((b * S2).to(gl.int64) + gl.minimum(mine, S2 - 1)) * (G * D) + (bg % G) * D
+        k2 = gl.load(k2_ptr + at + d_wide).to(gl.float32) + k2_bias
+        kappa.store((k_kept.load(wide).to(gl.float32) * k2[None, :]).to(dtype))
+        v2 = gl.load(v2_ptr + at + d_wide).to(gl.float32) + v2_bias
+        nu.store((v_kept.load(wide).to(gl.float32) * v2[None, :]).to(dtype))
+        fence_async_shared()
+        d_kappa = gl.zeros([64, D], gl.float32, o_layout)
+        d_nu = gl.zeros([64, D], gl.float32, o_layout)
+        gl.thread_barrier()
+        for n in range(tiles):
+            slot = step % STAGES
+            first = (row + n * 64) // R
+            last = (row + n * 64 + 63) // R
+            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+            if (last >= lo) & (first <= hi):
+                q = q_smem.index(slot)
+                d_out = do_smem.index(slot)
+                s_token = warpgroup_mma(kappa, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                dp_token = warpgroup_mma(nu, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
+                lse = lse_smem.index(slot).load(columns)
+                s = warpgroup_mma_wait(1, deps=[s_token])
+                p = gl.exp2(s * scale_log2 - lse[None, :])
+                whole = (first >= gl.maximum(t, j - (S1 - T) + 63)) & (
+                    last <= gl.minimum(gl.minimum(t + w2 - 1, j - (S1 - T) + w1 - 1), T - 1)
+                )
+                if HAS_DOCS:
+                    own = gl.load(reach_ptr + b * T + gl.minimum(last, T - 1))
+                    whole = whole & (last - gl.minimum(t, j - (S1 - T)) < own)
+                if not whole:
+                    i = (row + n * 64 + column) // R
+                    seen = (i >= t) & (i < t + w2) & (i <= hi)
+                    both = (jt[:, None] <= i[None, :]) & (jt[:, None] > (i - w1)[None, :]) & seen[None, :]
+                    if HAS_DOCS:
+                        own = gl.load(reach_ptr + b * T + gl.minimum(i, T - 1))
+                        both = both & (i[None, :] - jt[:, None] < own[None, :]) & (i - t < own)[None, :]
+                    p = gl.where(both, p, 0.0)
+                weights = gl.convert_layout(p.to(dtype), p_layout)
+                d_nu_token = warpgroup_mma(weights, d_out, d_nu, is_async=True)
+                dp = warpgroup_mma_wait(1, deps=[dp_token])
+                delta = delta_smem.index(slot).load(columns)
+                d_s = p * (dp - delta[None, :])
+                if not whole:
+                    d_s = gl.where(p == 0.0, 0.0, d_s)
+                d_weights = gl.convert_layout(d_s.to(dtype), p_layout)
+                d_kappa_token = warpgroup_mma(d_weights, q, d_kappa, is_async=True)
+                d_nu, d_kappa = warpgroup_mma_wait(0, deps=[d_nu_token, d_kappa_token])
+            mbarrier.arrive(empty.index(slot), count=1)
+            step += 1
+        # one warpgroup at a time adds to the shared sums, always in the same order
+        mbarrier.wait(turns.index(1 - WG), (turn & 1) ^ (1 - WG))
+        if lo <= hi:
+            home = (((block - gl.maximum(mine - (S2 - S1) - w1 + 1, 0) // 64) * BG + bg).to(gl.int64) * S2 + mine) * D
+            k2_o = gl.load(k2_ptr + at + d_o).to(gl.float32) + k2_bias
+            _fold(d_kappa, k2_o, k_kept, sums_smem.index(0), scratch, dk2_ptr + home, D, o_layout)
+            v2_o = gl.load(v2_ptr + at + d_o).to(gl.float32) + v2_bias
+            _fold(d_nu, v2_o, v_kept, sums_smem.index(1), scratch, dv2_ptr + home, D, o_layout)
+        mbarrier.arrive(turns.index(WG), count=1)
+        turn += 1
+        m += 2
+    if WG == 0:  # the other's last turn comes after this one's
+        mbarrier.wait(turns.index(1), (turn & 1) ^ 1)
+    total = sums_smem.index(WG).load(o_layout)
+    keys = j + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
+    home = (((gl.program_id(0) % slots) * BG + bg).to(gl.int64) * S1 + keys)[:, None] * D + d_o[None, :]
+    if WG == 0:
+        gl.store(dk_ptr + home, total, mask=keys[:, None] < S1)
+    else:
+        gl.store(dv_ptr + home, total, mask=keys[:, None] < S1)
+
+
+@gluon.jit
+def backward_keys_kernel(
+    q_desc, do_desc, lse_desc, delta_desc, k_ptr, v_ptr, k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr,
+    reach_ptr, last_ptr, T, S1, S2, w1, w2, MC, slots, BG, scale_log2, scale, k2_bias, v2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, D], do_desc.layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], lse_desc.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], delta_desc.layout)
+    pair_smem = gl.allocate_shared_memory(dtype, [4, 64, D], q_desc.layout)  # kappa, nu of each warpgroup
+    kept_smem = gl.allocate_shared_memory(dtype, [2, 64, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    sums_smem = gl.allocate_shared_memory(gl.float32, [2, 64, D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    j, _m, _end = _job(S1, S2, T, w1, w2, MC, slots)
+    bg = gl.program_id(1)
+    keys = j + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
+    at = (((bg // G) * S1 + keys).to(gl.int64) * G + bg % G)[:, None] * D + d[None, :]
+    kept_smem.index(0).store(gl.load(k_ptr + at, mask=keys[:, None] < S1, other=0.0))
+    kept_smem.index(1).store(gl.load(v_ptr + at, mask=keys[:, None] < S1, other=0.0))
+    sums_smem.index(0).store(gl.zeros([64, D], gl.float32, wide))
+    sums_smem.index(1).store(gl.zeros([64, D], gl.float32, wide))
+    fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
+                    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
+                    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, scale, k2_bias, v2_bias,
+                    R, G, D, STAGES, HAS_DOCS, FIRST,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
+                    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
+                    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, scale, k2_bias, v2_bias,
+                    R, G, D, STAGES, HAS_DOCS, SECOND,
+                ),
+            ),
+            (
+                _producer,
+                (
+                    q_desc, do_desc, lse_desc, delta_desc, q_smem, do_smem, lse_smem, delta_smem, full, empty, last_ptr,
+                    T, S1, S2, w1, w2, MC, slots, R, G, STAGES, HAS_DOCS,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor,
+    w1: int, w2: int, scale: float, k2_bias: float, v2_bias: float, reach: Tensor | None, last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dk, dv, dk2, dv2, float32 and (B, S, G, D)."""
+    batch, steps, heads, dim = q.shape
+    s1, s2, groups = k.shape[1], k2.shape[1], k.shape[2]
+    per_group = heads // groups
+
+    def rows(x: Tensor) -> Tensor:
+        """(B, T, H, ...) -> (B * G * T * R, ...): the rows of a group of heads follow one another."""
+        return x.unflatten(2, (groups, per_group)).transpose(1, 2).flatten(0, 3).contiguous()
+
+    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([64, dim], dtype)
+    line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    lse2 = torch.where(lse == -torch.inf, torch.inf, lse * 1.4426950408889634)
+    descriptors: list[Any] = [TensorDescriptor.from_tensor(rows(x), [64, dim], layout) for x in (q, grad_out)]
+    descriptors += [TensorDescriptor.from_tensor(rows(x), [64], line) for x in (lse2, delta)]
+
+    blocks = triton.cdiv(s1, 64)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    span = 64 + w1 + w2 - 2  # positions m that meet a block of keys
+    wanted = max(1, triton.cdiv(8 * processors, blocks * batch * groups))
+    chunk = max(8, triton.next_power_of_2(triton.cdiv(span, wanted)))
+    slots = triton.cdiv(span - 1, chunk) + 1
+    slots2 = triton.cdiv(w1 + w2 - 2, 64) + 1
+    bg = batch * groups
+    dk, dv = (torch.empty(slots, bg, s1, dim, dtype=torch.float32, device=q.device) for _ in range(2))
+    dk2, dv2 = (torch.zeros(slots2, bg, s2, dim, dtype=torch.float32, device=q.device) for _ in range(2))
+    backward_keys_kernel[(blocks * slots, bg)](
+        *descriptors, k, v, k2, v2, dk, dv, dk2, dv2, k if reach is None else reach, k if last is None else last,
+        steps, s1, s2, w1, w2, chunk, slots, bg, scale * 1.4426950408889634, scale, k2_bias, v2_bias,
+        R=per_group, G=groups, D=dim, STAGES=2, HAS_DOCS=reach is not None, num_warps=4,
+    )  # fmt: skip
+
+    def home(x: Tensor, factor: float) -> Tensor:
+        """Sum over slots, (B, S, G, D)."""
+        return (x.sum(0) * factor).unflatten(0, (batch, groups)).transpose(1, 2)
+
+    return home(dk, scale), home(dv, 1.0), home(dk2, scale), home(dv2, 1.0)

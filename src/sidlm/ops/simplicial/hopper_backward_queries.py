@@ -1,0 +1,353 @@
+"""The gradient of q on Hopper: the row-stationary half of the backward pass over virtual queries, in Gluon.
+
+Tiles, warps and the hand-over are those of hopper_forward.py. Per pair it takes three products, S = U K', dP = dO' V'
+with dO' = dO o v2, and dU = dS K; the softmax is known from the LSE. At the end of a tile dq = sum_s dU o k2. No row is
+shared between programs: the same bits every time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sidlm.ops.simplicial.hopper_tiles import (
+    clear_before,
+    first_tile,
+    hide,
+    load_offsets,
+    load_pairs,
+    next_tile,
+    stream_keys,
+    visible,
+    window,
+)
+
+
+@gluon.jit
+def _shaper(
+    u_smem, o_smem, z_smem, lse_smem, delta_smem, u_full, u_empty, z_full, z_empty,
+    q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dqb_ptr, reach_ptr,
+    T, S2, w2, tiles, total, scale, k2_bias, v2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
+    HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    """Virtual queries and virtual output gradients in, gradients of q out, one tile behind."""
+    local, bg, local_stride, bg_stride = first_tile(tiles)
+    old_local = local - local_stride  # not a second name of `local`: the compiler would not carry it round the loop
+    old_bg = bg - bg_stride
+    steps = gl.cdiv(total - gl.program_id(0), gl.num_programs(0))
+    for step in range(steps + 1):
+        if step < steps:
+            _form(u_smem, o_smem, lse_smem, delta_smem, u_full, u_empty, step, local, bg,
+                  q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
+                  T, S2, w2, k2_bias, v2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS, MANY)  # fmt: skip
+        if step > 0:
+            for wg in range(2):
+                _merge(z_smem, z_full, z_empty, step - 1, old_local, old_bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr,
+                       reach_ptr, T, S2, w2, scale, k2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS)  # fmt: skip
+        old_local = local
+        old_bg = bg
+        local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+
+
+@gluon.jit
+def _form(
+    u_smem, o_smem, lse_smem, delta_smem, u_full, u_empty, step, local, bg,
+    q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
+    T, S2, w2, k2_bias, v2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
+    HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    """u, dO o v2, and for every row its pair's LSE (infinite for offsets out of sight) and delta."""
+    PAIRS: gl.constexpr = 64 // BS
+    dtype: gl.constexpr = u_smem.dtype
+    layout: gl.constexpr = gl.BlockedLayout([PAIRS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
+    b = bg // G
+    first = local * (2 * PAIRS)
+    k2 = load_offsets(k2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+    v2 = load_offsets(v2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+    k2b = k2
+    if DETERMINANT:
+        k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+    for wg in gl.static_range(2):
+        pair = first + wg * PAIRS
+        if MANY and wg == 1:
+            k2 = load_offsets(k2_ptr, pair, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+            v2 = load_offsets(v2_ptr, pair, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+            k2b = k2
+            if DETERMINANT:
+                k2b = load_offsets(k2b_ptr, pair, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+        q = load_pairs(q_ptr, pair, b, bg % G, T, R, G, BS, D, layout).to(gl.float32)
+        d_out = load_pairs(do_ptr, pair, b, bg % G, T, R, G, BS, D, layout).to(gl.float32)
+        if DETERMINANT:
+            qb = load_pairs(qb_ptr, pair, b, bg % G, T, R, G, BS, D, layout).to(gl.float32)
+            u = k2.to(gl.float32) * qb - k2b.to(gl.float32) * q
+        else:
+            u = q * (k2.to(gl.float32) + k2_bias)
+        o = d_out * (v2.to(gl.float32) + v2_bias)
+        mbarrier.wait(u_empty.index(wg), (step & 1) ^ 1)
+        u_smem.index(wg).store(gl.reshape(u.to(dtype), [64, D]))
+        o_smem.index(wg).store(gl.reshape(o.to(dtype), [64, D]))
+        _statistics(lse_smem, delta_smem, pair, wg, b, bg % G, lse_ptr, delta_ptr, reach_ptr,
+                    T, S2, w2, R, G, BS, HAS_DOCS)  # fmt: skip
+        fence_async_shared()
+        mbarrier.arrive(u_full.index(wg), count=1)
+
+
+@gluon.jit
+def _statistics(
+    lse_smem, delta_smem, first, wg: gl.constexpr, b, group, lse_ptr, delta_ptr, reach_ptr, T, S2, w2,
+    R: gl.constexpr, G: gl.constexpr, BS: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    PAIRS: gl.constexpr = 64 // BS
+    LOG2E: gl.constexpr = 1.4426950408889634
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])  # [PAIRS, BS]
+    table: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    pairs = first + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, flat))
+    inside = pairs < T * R
+    lo, hi = visible(gl.minimum(pairs // R, T - 1), reach_ptr, b, T, S2, w2, HAS_DOCS)
+    seen = hi[:, None] - gl.arange(0, BS, layout=gl.SliceLayout(0, flat))[None, :] >= lo[:, None]
+    row_at = (b * T + pairs // R).to(gl.int64) * (R * G) + group * R + pairs % R
+    lse = gl.load(lse_ptr + row_at, mask=inside, other=-float("inf")) * LOG2E
+    seen = seen & (lse > -float("inf"))[:, None]
+    delta = gl.load(delta_ptr + row_at, mask=inside, other=0.0)
+    lse_smem._reinterpret(gl.float32, [2, PAIRS, BS], table).index(wg).store(
+        gl.where(seen, lse[:, None], float("inf"))
+    )
+    delta_smem._reinterpret(gl.float32, [2, PAIRS, BS], table).index(wg).store(gl.where(seen, delta[:, None], 0.0))
+
+
+@gluon.jit
+def _merge(
+    z_smem, z_full, z_empty, step, local, bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr, reach_ptr,
+    T, S2, w2, scale, k2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
+    HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    """dq = scale * sum_s dU o k2; for the determinant the two sums with permuted k2, still to be put in place."""
+    PAIRS: gl.constexpr = 64 // BS
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])  # sums over rows stay in a warp
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
+    s = gl.arange(0, BS, layout=gl.SliceLayout(1, wide))
+    b = bg // G
+    parts = z_smem._reinterpret(gl.float32, [2 * PAIRS, BS, D], z_smem.layout)
+    mbarrier.wait(z_full.index(wg), step & 1)
+    for i in range(PAIRS):
+        pair = local * (2 * PAIRS) + wg * PAIRS + i
+        query = gl.minimum(pair // R, T - 1)
+        m_lo, m_hi = visible(query, reach_ptr, b, T, S2, w2, HAS_DOCS)
+        m = m_hi - s
+        start = ((b * S2).to(gl.int64) * G + bg % G) * D
+        at = m[:, None] * (G * D) + d[None, :]
+        z = gl.where((m >= m_lo)[:, None], parts.index(wg * PAIRS + i).load(wide) * scale, 0.0)
+        k2 = gl.load(k2_ptr + start + at, mask=(m >= m_lo)[:, None], other=0.0).to(gl.float32)
+        out_at = ((b * T + query).to(gl.int64) * (R * G) + (bg % G) * R + pair % R) * D
+        inside = (pair < T * R) & (d < D)
+        if DETERMINANT:
+            gl.store(dq_ptr + out_at + d, gl.sum(z * k2, 0), mask=inside)
+            k2b = gl.load(k2b_ptr + start + at, mask=(m >= m_lo)[:, None], other=0.0).to(gl.float32)
+            gl.store(dqb_ptr + out_at + d, gl.sum(z * k2b, 0), mask=inside)
+        else:
+            out = gl.sum(z * (k2 + k2_bias), 0)
+            gl.store(dq_ptr + out_at + d, out.to(dq_ptr.dtype.element_ty), mask=inside)
+    mbarrier.arrive(z_empty.index(wg), count=1)
+
+
+@gluon.jit
+def _hand_over(acc, z_smem, z_full, z_empty, step, WG: gl.constexpr):
+    mbarrier.wait(z_empty.index(WG), (step & 1) ^ 1)
+    z_smem.index(WG).store(acc)
+    mbarrier.arrive(z_full.index(WG), count=1)
+
+
+@gluon.jit
+def _consumer(
+    k_smem, v_smem, u_smem, o_smem, z_smem, lse_smem, delta_smem,
+    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+    T, S1, w1, tiles, total, scale_log2,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_DOCS: gl.constexpr, MANY: gl.constexpr, WG: gl.constexpr,
+):  # fmt: skip
+    """dU of 64 virtual queries a tile; each block's S and dP run beside the dU of the block before."""
+    dtype: gl.constexpr = k_smem.dtype
+    PAIRS: gl.constexpr = 64 // BS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+
+    u = u_smem.index(WG)
+    o = o_smem.index(WG)
+    row = gl.arange(0, 64, layout=rows_s)
+    column = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
+    zero = gl.zeros([64, BN], gl.float32, s_layout)
+    acc = gl.zeros([64, D], gl.float32, o_layout)
+    d_s = gl.zeros([64, BN], dtype, p_layout)
+    step = 0  # blocks taken
+    turn = 0  # tiles taken
+    local, bg, local_stride, bg_stride = first_tile(tiles)
+    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
+        lo, hi, all_lo = window(local, bg // G, reach_ptr, T, S1, w1, R, PAIRS, HAS_DOCS)
+        blocks = gl.maximum(gl.cdiv(hi - lo + 1, BN), 1)
+        start = hi + 1 - blocks * BN
+        if MANY:
+            query = gl.minimum((local * (2 * PAIRS) + WG * PAIRS + row // BS) // R, T - 1)
+            row_lo, row_hi = visible(query, reach_ptr, bg // G, T, S1, w1, HAS_DOCS)
+        mbarrier.wait(u_full.index(WG), turn & 1)
+        lse = lse_smem.index(WG).load(rows_s)
+        delta = delta_smem.index(WG).load(rows_s)
+        for n in range(blocks):
+            slot = step % STAGES
+            phase = (step // STAGES) & 1
+            before = (step + STAGES - 1) % STAGES
+            mbarrier.wait(k_full.index(slot), phase)
+            s_token = warpgroup_mma(u, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(slot), phase)
+            dp_token = warpgroup_mma(o, v_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            acc_token = warpgroup_mma(d_s, k_smem.index(before), acc, is_async=True)
+            s, dp = warpgroup_mma_wait(1, deps=[s_token, dp_token])
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            mbarrier.arrive(u_empty.index(WG), count=1, pred=n == blocks - 1)
+            p = gl.exp2(s * scale_log2 - lse[:, None])
+            next_d_s = p * (dp - delta[:, None])
+            if MANY:
+                next_d_s = gl.where(p == 0.0, 0.0, hide(next_d_s, start + n * BN + column, row_lo, row_hi, 0.0))
+            elif HAS_DOCS:
+                next_d_s = gl.where((start + n * BN + column >= all_lo)[None, :] & (p != 0.0), next_d_s, 0.0)
+            else:
+                next_d_s = gl.where((start + n * BN + column >= all_lo)[None, :], next_d_s, 0.0)
+            next_d_s = gl.convert_layout(next_d_s.to(dtype), p_layout)
+            acc, d_s = warpgroup_mma_wait(0, deps=[acc_token, next_d_s])
+            mbarrier.arrive(k_empty.index(before), count=1, pred=step > 0)
+            if n == 0:
+                if turn > 0:
+                    _hand_over(acc, z_smem, z_full, z_empty, turn - 1, WG)
+                acc = gl.zeros([64, D], gl.float32, o_layout)
+                if start < lo:
+                    clear_before(k_smem.index(slot), start, lo, D, BN)
+            step += 1
+        turn += 1
+        local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+    before = (step + STAGES - 1) % STAGES
+    acc_token = warpgroup_mma(d_s, k_smem.index(before), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc_token])
+    _hand_over(acc, z_smem, z_full, z_empty, turn - 1, WG)
+
+
+@gluon.jit
+def backward_queries_kernel(
+    k_desc, v_desc, q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dqb_ptr, reach_ptr,
+    T, S1, S2, w1, w2, tiles, total, scale_log2, scale, k2_bias, v2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr,
+    DETERMINANT: gl.constexpr, HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = k_desc.dtype
+    PAIRS: gl.constexpr = 64 // BS
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
+    u_smem = gl.allocate_shared_memory(dtype, [2, 64, D], rows)
+    o_smem = gl.allocate_shared_memory(dtype, [2, 64, D], rows)
+    z_smem = gl.allocate_shared_memory(gl.float32, [2, 64, D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+    lse_smem = gl.allocate_shared_memory(gl.float32, [2, 64], line)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [2, 64], line)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    u_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    u_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    z_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    z_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(u_full.index(i), count=1)
+        mbarrier.init(u_empty.index(i), count=1)
+        mbarrier.init(z_full.index(i), count=1)
+        mbarrier.init(z_empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    k_smem, v_smem, u_smem, o_smem, z_smem, lse_smem, delta_smem,
+                    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+                    T, S1, w1, tiles, total, scale_log2, R, G, D, BN, BS, STAGES, HAS_DOCS, MANY, FIRST,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    k_smem, v_smem, u_smem, o_smem, z_smem, lse_smem, delta_smem,
+                    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+                    T, S1, w1, tiles, total, scale_log2, R, G, D, BN, BS, STAGES, HAS_DOCS, MANY, SECOND,
+                ),
+            ),
+            (
+                _shaper,
+                (
+                    u_smem, o_smem, z_smem, lse_smem, delta_smem, u_full, u_empty, z_full, z_empty,
+                    q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dqb_ptr, reach_ptr,
+                    T, S2, w2, tiles, total, scale, k2_bias, v2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS, MANY,
+                ),
+            ),
+            (
+                stream_keys,
+                (
+                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, reach_ptr,
+                    T, S1, w1, tiles, total, R, G, D, BN, STAGES, PAIRS, HAS_DOCS,
+                ),
+            ),
+        ],
+        [4, 4, 1],
+        [184, 120, 24],
+    )  # fmt: skip
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, qb: Tensor | None, k2b: Tensor | None,
+    grad_out: Tensor, lse: Tensor, delta: Tensor, w1: int, w2: int, scale: float, k2_bias: float, v2_bias: float,
+    reach: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dq in q's dtype; for the determinant two float32 sums, see `prepare`."""
+    batch, steps, heads, dim = q.shape
+    s1, s2, groups = k.shape[1], k2.shape[1], k.shape[2]
+    per_group = heads // groups
+    block, stages, offsets = 64, 3, max(8, triton.next_power_of_2(w2))
+    pairs = 2 * (64 // offsets)
+    tiles = triton.cdiv(steps * per_group, pairs)
+    total = batch * groups * tiles
+    dq = torch.empty_like(q) if qb is None else torch.empty_like(q, dtype=torch.float32)
+    dqb = None if qb is None else torch.empty_like(dq)
+    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([block, dim], dtype)
+    descriptors: list[Any] = [
+        TensorDescriptor.from_tensor(x.view(batch * s1, groups * dim), [block, dim], layout) for x in (k, v)
+    ]
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    backward_queries_kernel[(min(total, processors),)](
+        *descriptors, q, q if qb is None else qb, k2, k2 if k2b is None else k2b, v2, grad_out, lse, delta,
+        dq, dq if dqb is None else dqb, lse if reach is None else reach, steps, s1, s2, w1, w2, tiles, total,
+        scale * 1.4426950408889634, scale, k2_bias, v2_bias, R=per_group, G=groups, D=dim, BN=block, BS=offsets,
+        STAGES=stages, DETERMINANT=qb is not None, HAS_DOCS=reach is not None, MANY=per_group % pairs != 0, num_warps=4,
+    )  # fmt: skip
+    return dq, dqb

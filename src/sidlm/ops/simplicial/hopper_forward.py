@@ -1,0 +1,396 @@
+"""The forward pass for Hopper: flash attention over virtual queries, warp-specialised, in Gluon.
+
+One block of threads owns an SM and walks over tiles of 128 rows (query, head, offset s). One warp streams the keys and
+values of the tile's window through shared memory by TMA, 128 positions at a time; two warpgroups of 64 rows each form
+their virtual queries ``u = q o k2`` and run the loop of flash attention on them, the scores of block n + 1 issued before
+the values of block n, so that the tensor cores work through one group's softmax on the other's products. At the end of
+a tile the rows of one (query, head) are merged: a joint softmax over s, times v2. README.md has the derivation and the
+measurements.
+
+Rows are packed in the order (query, head of the group, offset): any ratio of query heads to key heads fills the tile.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sidlm.ops.simplicial.hopper_tiles import (
+    clear_before,
+    first_tile,
+    hide,
+    load_offsets,
+    load_pairs,
+    next_tile,
+    stream_keys,
+    visible,
+    window,
+)
+
+
+
+@gluon.jit
+def _shaper(
+    u_smem, z_smem, top_smem, sum_smem, u_full, u_empty, z_full, z_empty,
+    q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, out_ptr, lse_ptr, reach_ptr,
+    T, S2, w2, tiles, total, scale_log2, k2_bias, v2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
+    K2_BIAS: gl.constexpr, HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    """The elementwise ends of every tile: virtual queries in, merged outputs out, one tile behind."""
+    local, bg, local_stride, bg_stride = first_tile(tiles)
+    old_local = local - local_stride  # not a second name of `local`: the compiler would not carry it round the loop
+    old_bg = bg - bg_stride
+    steps = gl.cdiv(total - gl.program_id(0), gl.num_programs(0))
+    for step in range(steps + 1):
+        if step < steps:
+            _form(u_smem, u_full, u_empty, step, local, bg, q_ptr, qb_ptr, k2_ptr, k2b_ptr, T, S2, k2_bias,
+                  R, G, D, BS, DETERMINANT, K2_BIAS, MANY)  # fmt: skip
+        if step > 0:
+            _merge(z_smem, top_smem, sum_smem, z_full, z_empty, step - 1, old_local, old_bg, v2_ptr, out_ptr,
+                   lse_ptr, reach_ptr, T, S2, w2, scale_log2, v2_bias, R, G, D, BS, HAS_DOCS, MANY)  # fmt: skip
+        old_local = local
+        old_bg = bg
+        local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+
+
+@gluon.jit
+def _form(
+    u_smem, u_full, u_empty, step, local, bg, q_ptr, qb_ptr, k2_ptr, k2b_ptr, T, S2, k2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
+    K2_BIAS: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    """u = q o k2, or k2 x q from permuted copies, into shared memory. What can be loaded early is: the tile waits."""
+    layout: gl.constexpr = gl.BlockedLayout([64 // BS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
+    first = local * (2 * (64 // BS))
+    second = first + 64 // BS
+    b = bg // G
+    k2 = load_offsets(k2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+    q = load_pairs(q_ptr, first, b, bg % G, T, R, G, BS, D, layout)
+    q_second = load_pairs(q_ptr, second, b, bg % G, T, R, G, BS, D, layout)
+    k2b = k2
+    qb = q
+    qb_second = q_second
+    if DETERMINANT:
+        k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+        qb = load_pairs(qb_ptr, first, b, bg % G, T, R, G, BS, D, layout)
+        qb_second = load_pairs(qb_ptr, second, b, bg % G, T, R, G, BS, D, layout)
+    _combine(u_smem.index(0), u_full.index(0), u_empty.index(0), step, q, qb, k2, k2b, k2_bias,
+             D, BS, DETERMINANT, K2_BIAS)  # fmt: skip
+    if MANY:
+        k2 = load_offsets(k2_ptr, second, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+        k2b = k2
+        if DETERMINANT:
+            k2b = load_offsets(k2b_ptr, second, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+    _combine(u_smem.index(1), u_full.index(1), u_empty.index(1), step, q_second, qb_second, k2, k2b, k2_bias,
+             D, BS, DETERMINANT, K2_BIAS)  # fmt: skip
+
+
+@gluon.jit
+def _combine(
+    u_smem, u_full, u_empty, step, q, qb, k2, k2b, k2_bias,
+    D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = u_smem.dtype
+    multiply: gl.constexpr = "mul.bf16x2 $0, $1, $2;" if dtype == gl.bfloat16 else "mul.f16x2 $0, $1, $2;"
+    mbarrier.wait(u_empty, (step & 1) ^ 1)
+    if DETERMINANT:
+        u = (k2.to(gl.float32) * qb.to(gl.float32) - k2b.to(gl.float32) * q.to(gl.float32)).to(dtype)
+    elif K2_BIAS:
+        u = (q.to(gl.float32) * (k2.to(gl.float32) + k2_bias)).to(dtype)
+    else:
+        q = q.broadcast_to([64 // BS, BS, D])
+        u = gl.inline_asm_elementwise(
+            multiply, "=r,r,r", [q, k2.broadcast_to([64 // BS, BS, D])], dtype=q.dtype, is_pure=True, pack=2
+        )
+    u_smem.store(gl.reshape(u, [64, D]))
+    fence_async_shared()
+    mbarrier.arrive(u_full, count=1)
+
+
+@gluon.jit
+def _merge(
+    z_smem, top_smem, sum_smem, z_full, z_empty, step, local, bg, v2_ptr, out_ptr, lse_ptr, reach_ptr,
+    T, S2, w2, scale_log2, v2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, HAS_DOCS: gl.constexpr,
+    MANY: gl.constexpr,
+):  # fmt: skip
+    """Joint softmax over the offsets of each (query, head), times v2, into the output."""
+    PAIRS: gl.constexpr = 64 // BS
+    LN2: gl.constexpr = 0.6931471805599453
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])  # [PAIRS, BS]
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])  # sums over rows stay in a warp
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
+    s = gl.arange(0, BS, layout=gl.SliceLayout(1, wide))
+    b = bg // G
+    table: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    parts = z_smem._reinterpret(gl.float32, [2 * PAIRS, BS, D], z_smem.layout)
+    weights = sum_smem._reinterpret(gl.float32, [2 * PAIRS, BS], sum_smem.layout)
+    tops = top_smem._reinterpret(gl.float32, [2, PAIRS, BS], table)
+    sums_in = sum_smem._reinterpret(gl.float32, [2, PAIRS, BS], table)
+    v2_start = ((b * S2).to(gl.int64) * G + bg % G) * D
+    if not MANY:  # one query, so one set of v2 for all pairs of the tile
+        m_lo, m_hi = visible(gl.minimum(local * (2 * PAIRS) // R, T - 1), reach_ptr, b, T, S2, w2, HAS_DOCS)
+        m = m_hi - s
+        v2 = gl.load(v2_ptr + v2_start + (m[:, None] * (G * D) + d[None, :]), mask=(m >= m_lo)[:, None], other=0.0)
+    for wg in range(2):
+        first = local * (2 * PAIRS) + wg * PAIRS
+        pairs = first + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, flat))
+        lo, hi = visible(gl.minimum(pairs // R, T - 1), reach_ptr, b, T, S2, w2, HAS_DOCS)
+        seen = hi[:, None] - gl.arange(0, BS, layout=gl.SliceLayout(0, flat))[None, :] >= lo[:, None]
+        mbarrier.wait(z_full.index(wg), step & 1)
+        top = gl.where(seen, tops.index(wg).load(flat), -1.0e30)
+        joint = gl.max(top, 1)
+        weight = gl.where(seen, gl.exp2((top - joint[:, None]) * scale_log2), 0.0)
+        sums = gl.sum(weight * sums_in.index(wg).load(flat), 1)
+        some = sums > 0
+        weight = weight * gl.where(some, 1.0 / sums, 0.0)[:, None]
+        lse = gl.where(some, (joint * scale_log2 + gl.log2(sums)) * LN2, -float("inf"))
+        lse_at = (b * T + pairs // R).to(gl.int64) * (R * G) + (bg % G) * R + pairs % R
+        gl.store(lse_ptr + lse_at, lse, mask=pairs < T * R)
+        sums_in.index(wg).store(weight)
+        for i in range(PAIRS):
+            query = gl.minimum((first + i) // R, T - 1)
+            if MANY:
+                m_lo, m_hi = visible(query, reach_ptr, b, T, S2, w2, HAS_DOCS)
+                m = m_hi - s
+                v2 = gl.load(
+                    v2_ptr + v2_start + (m[:, None] * (G * D) + d[None, :]), mask=(m >= m_lo)[:, None], other=0.0
+                )
+            value = v2.to(gl.float32) + v2_bias
+            w = weights.index(wg * PAIRS + i).load(gl.SliceLayout(1, wide))
+            out = gl.sum(parts.index(wg * PAIRS + i).load(wide) * value * w[:, None], 0)
+            at = (b * T + query).to(gl.int64) * (R * G) + (bg % G) * R + (first + i) % R
+            gl.store(out_ptr + at * D + d, out.to(out_ptr.dtype.element_ty), mask=(first + i < T * R) & (d < D))
+        mbarrier.arrive(z_empty.index(wg), count=1)
+
+
+@gluon.jit
+def _softmax(s, old_top, scale_log2):
+    top = gl.maximum(old_top, gl.max(s, 1))
+    weights = gl.exp2(s * scale_log2 - (top * scale_log2)[:, None])
+    return weights, top
+
+
+@gluon.jit
+def _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, step, WG: gl.constexpr):
+    mbarrier.wait(z_empty.index(WG), (step & 1) ^ 1)
+    z_smem.index(WG).store(acc)
+    top_smem.index(WG).store(top)
+    sum_smem.index(WG).store(weight_sum)
+    mbarrier.arrive(z_full.index(WG), count=1)
+
+
+@gluon.jit
+def _consumer(
+    k_smem, v_smem, u_smem, z_smem, top_smem, sum_smem,
+    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+    T, S1, w1, tiles, total, scale_log2,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
+    MANY: gl.constexpr, WG: gl.constexpr,
+):  # fmt: skip
+    """Flash attention of 64 virtual queries a tile; the first scores of a tile beside the last values of the one before."""
+    dtype: gl.constexpr = k_smem.dtype
+    PAIRS: gl.constexpr = 64 // BS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+    rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+
+    u = u_smem.index(WG)
+    row = gl.arange(0, 64, layout=rows_s)
+    column = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
+    zero = gl.zeros([64, BN], gl.float32, s_layout)
+    acc = gl.zeros([64, D], gl.float32, o_layout)
+    p = gl.zeros([64, BN], dtype, p_layout)
+    top = gl.zeros([64], gl.float32, rows_s)
+    weight_sum = gl.zeros([64], gl.float32, rows_s)
+    step = 0  # blocks taken
+    turn = 0  # tiles taken
+    local, bg, local_stride, bg_stride = first_tile(tiles)
+    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
+        lo, hi, all_lo = window(local, bg // G, reach_ptr, T, S1, w1, R, PAIRS, HAS_DOCS)
+        blocks = gl.maximum(gl.cdiv(hi - lo + 1, BN), 1)
+        start = hi + 1 - blocks * BN
+        if MANY:
+            query = gl.minimum((local * (2 * PAIRS) + WG * PAIRS + row // BS) // R, T - 1)
+            row_lo, row_hi = visible(query, reach_ptr, bg // G, T, S1, w1, HAS_DOCS)
+        slot = step % STAGES
+        phase = (step // STAGES) & 1
+        before = (step + STAGES - 1) % STAGES
+        mbarrier.wait(u_full.index(WG), turn & 1)
+        mbarrier.wait(k_full.index(slot), phase)
+        token = warpgroup_mma(u, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), ((step + STAGES - 1) // STAGES + 1) & 1, pred=turn > 0)
+        acc_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[token])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        mbarrier.arrive(u_empty.index(WG), count=1, pred=blocks == 1)
+        # blocks end at the last key: only the first can hold keys that a lone query does not see
+        if MANY:
+            s = hide(s, start + column, row_lo, row_hi, -float("inf"))
+        elif start < all_lo:
+            s = gl.where((start + column >= all_lo)[None, :], s, -float("inf"))
+        weights, new_top = _softmax(s, gl.full([64], -1.0e30, gl.float32, rows_s), scale_log2)
+        new_sum = gl.sum(weights, 1)
+        next_p = gl.convert_layout(weights.to(dtype), p_layout)
+        acc, p = warpgroup_mma_wait(0, deps=[acc_token, next_p])
+        mbarrier.arrive(v_empty.index(before), count=1, pred=turn > 0)
+        if turn > 0:
+            _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, turn - 1, WG)
+        if start < lo:
+            mbarrier.wait(v_full.index(slot), phase)
+            clear_before(v_smem.index(slot), start, lo, D, BN)
+        top = new_top
+        weight_sum = new_sum
+        acc = gl.zeros([64, D], gl.float32, o_layout)
+        step += 1
+        for n in range(1, blocks):
+            before = (step + STAGES - 1) % STAGES
+            slot = step % STAGES
+            mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+            token = warpgroup_mma(u, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(before), ((step + STAGES - 1) // STAGES + 1) & 1)
+            acc_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[token])
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            mbarrier.arrive(u_empty.index(WG), count=1, pred=n == blocks - 1)
+            if MANY:
+                s = hide(s, start + n * BN + column, row_lo, row_hi, -float("inf"))
+            weights, new_top = _softmax(s, top, scale_log2)
+            alpha = gl.exp2((top - new_top) * scale_log2)
+            weight_sum = weight_sum * alpha + gl.sum(weights, 1)
+            top = new_top
+            next_p = gl.convert_layout(weights.to(dtype), p_layout)
+            acc, p = warpgroup_mma_wait(0, deps=[acc_token, next_p])
+            mbarrier.arrive(v_empty.index(before), count=1)
+            acc = acc * gl.convert_layout(alpha, rows_o)[:, None]
+            step += 1
+        turn += 1
+        local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+    before = (step + STAGES - 1) % STAGES
+    mbarrier.wait(v_full.index(before), ((step + STAGES - 1) // STAGES + 1) & 1)
+    acc_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc_token])
+    _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, turn - 1, WG)
+
+
+@gluon.jit
+def forward_kernel(
+    k_desc, v_desc, q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, out_ptr, lse_ptr, reach_ptr,
+    T, S1, S2, w1, w2, tiles, total, scale_log2, k2_bias, v2_bias,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr, DETERMINANT: gl.constexpr,
+    K2_BIAS: gl.constexpr, HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = k_desc.dtype
+    PAIRS: gl.constexpr = 64 // BS
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    spread: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])  # no bank twice when accumulators are written
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
+    u_smem = gl.allocate_shared_memory(dtype, [2, 64, D], gl.NVMMASharedLayout.get_default_for([64, D], dtype))
+    z_smem = gl.allocate_shared_memory(gl.float32, [2, 64, D], spread)
+    top_smem = gl.allocate_shared_memory(gl.float32, [2, 64], line)
+    sum_smem = gl.allocate_shared_memory(gl.float32, [2, 64], line)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    u_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    u_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    z_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    z_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(u_full.index(i), count=1)
+        mbarrier.init(u_empty.index(i), count=1)
+        mbarrier.init(z_full.index(i), count=1)
+        mbarrier.init(z_empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    k_smem, v_smem, u_smem, z_smem, top_smem, sum_smem,
+                    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+                    T, S1, w1, tiles, total, scale_log2,
+                    R, G, D, BN, BS, STAGES, HAS_DOCS, MANY, FIRST,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    k_smem, v_smem, u_smem, z_smem, top_smem, sum_smem,
+                    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+                    T, S1, w1, tiles, total, scale_log2,
+                    R, G, D, BN, BS, STAGES, HAS_DOCS, MANY, SECOND,
+                ),
+            ),
+            (
+                _shaper,
+                (
+                    u_smem, z_smem, top_smem, sum_smem, u_full, u_empty, z_full, z_empty,
+                    q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, out_ptr, lse_ptr, reach_ptr,
+                    T, S2, w2, tiles, total, scale_log2, k2_bias, v2_bias,
+                    R, G, D, BS, DETERMINANT, K2_BIAS, HAS_DOCS, MANY,
+                ),
+            ),
+            (
+                stream_keys,
+                (
+                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, reach_ptr,
+                    T, S1, w1, tiles, total, R, G, D, BN, STAGES, PAIRS, HAS_DOCS,
+                ),
+            ),
+        ],
+        [4, 4, 1],
+        [200, 88, 24],
+    )  # fmt: skip
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, qb: Tensor | None, k2b: Tensor | None,
+    w1: int, w2: int, scale: float, k2_bias: float, v2_bias: float, reach: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q (B, T, H, D), k, v (B, S1, G, D), k2, v2 (B, S2, G, D), contiguous, w2 <= 64, D 64 or 128; qb, k2b: see prepare."""
+    batch, steps, heads, dim = q.shape
+    s1, s2, groups = k.shape[1], k2.shape[1], k.shape[2]
+    per_group = heads // groups
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    block, stages, offsets = 128, 2, max(8, triton.next_power_of_2(w2))
+    pairs = 2 * (64 // offsets)
+    tiles = triton.cdiv(steps * per_group, pairs)
+    total = batch * groups * tiles
+    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([block, dim], dtype)
+    descriptors: list[Any] = [
+        TensorDescriptor.from_tensor(x.view(batch * s1, groups * dim), [block, dim], layout) for x in (k, v)
+    ]
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    forward_kernel[(min(total, processors),)](
+        *descriptors, q, q if qb is None else qb, k2, k2 if k2b is None else k2b, v2, out, lse,
+        lse if reach is None else reach, steps, s1, s2, w1, w2, tiles, total,
+        scale * 1.4426950408889634, k2_bias, v2_bias, R=per_group, G=groups, D=dim, BN=block, BS=offsets, STAGES=stages,
+        DETERMINANT=qb is not None, K2_BIAS=k2_bias != 0, HAS_DOCS=reach is not None, MANY=per_group % pairs != 0, num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,125 @@
+"""What the Hopper kernels over virtual queries share: which tile, which keys, and hiding what is out of sight.
+
+A tile is 2 x 64 rows (pair, offset s), a pair being a (query, head of the group) in that order, so that any ratio of
+query heads to key heads fills it. A program takes every n-th tile.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+
+@gluon.jit
+def visible(query, reach_ptr, b, T, S, w, HAS_DOCS: gl.constexpr):
+    """First and last visible row of an axis of length S with window w."""
+    last = query + S - T
+    seen = gl.minimum(w, last + 1)
+    if HAS_DOCS:
+        seen = gl.minimum(seen, gl.load(reach_ptr + b * T + query))
+    return last - seen + 1, last
+
+
+@gluon.jit
+def window(local, b, reach_ptr, T, S1, w1, R: gl.constexpr, PAIRS: gl.constexpr, HAS_DOCS: gl.constexpr):
+    """First and last key of a tile, and the first key that all of its rows see."""
+    first = local * (2 * PAIRS) // R
+    lo, hi = visible(gl.minimum(first, T - 1), reach_ptr, b, T, S1, w1, HAS_DOCS)
+    all_lo = lo
+    if R % (2 * PAIRS) != 0:  # the tile spans queries
+        last = gl.minimum((local * (2 * PAIRS) + 2 * PAIRS - 1) // R, T - 1)
+        all_lo, hi = visible(last, reach_ptr, b, T, S1, w1, HAS_DOCS)
+    return lo, hi, all_lo
+
+
+@gluon.jit
+def first_tile(tiles):
+    """Tile of this program within its (batch, group), the (batch, group), and what takes both to the next tile."""
+    programs = gl.num_programs(0)
+    return gl.program_id(0) % tiles, gl.program_id(0) // tiles, programs % tiles, programs // tiles
+
+
+@gluon.jit
+def next_tile(local, bg, tiles, local_stride, bg_stride):
+    local += local_stride
+    wrap = (local >= tiles).to(gl.int32)
+    return local - wrap * tiles, bg + bg_stride + wrap
+
+
+@gluon.jit
+def stream_keys(
+    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, reach_ptr,
+    T, S1, w1, tiles, total, R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, PAIRS: gl.constexpr, HAS_DOCS: gl.constexpr,
+):  # fmt: skip
+    step = 0
+    local, bg, local_stride, bg_stride = first_tile(tiles)
+    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
+        lo, hi, _all_lo = window(local, bg // G, reach_ptr, T, S1, w1, R, PAIRS, HAS_DOCS)
+        row = (bg // G) * S1
+        column = (bg % G) * D
+        blocks = gl.maximum(gl.cdiv(hi - lo + 1, BN), 1)
+        for n in range(blocks):
+            j = hi + 1 - (blocks - n) * BN
+            slot = step % STAGES
+            phase = (step // STAGES) & 1
+            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, [row + j, column], k_full.index(slot), k_smem.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase ^ 1)
+            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_desc, [row + j, column], v_full.index(slot), v_smem.index(slot))
+            step += 1
+        local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+
+
+@gluon.jit
+def clear_before(v, start, lo, D: gl.constexpr, BN: gl.constexpr):
+    """Zero the rows of a block of values that lie before the window: 0 * NaN is NaN."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    for c in gl.static_range(0, BN, 32):
+        part = v.slice(c, 32, dim=0)
+        rows = start + c + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+        values = part.load(layout)
+        part.store(gl.where((rows >= lo)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
+@gluon.jit
+def hide(s, keys, row_lo, row_hi, hidden):
+    return gl.where((keys[None, :] >= row_lo[:, None]) & (keys[None, :] <= row_hi[:, None]), s, hidden)
+
+
+@gluon.jit
+def load_pairs(
+    ptr, first, b, group, T, R: gl.constexpr, G: gl.constexpr, BS: gl.constexpr, D: gl.constexpr, layout: gl.constexpr
+):
+    """Rows of q or dO (B, T, H, D) of the 64 // BS pairs from `first` on: [pairs, 1, D]."""
+    PAIRS: gl.constexpr = 64 // BS
+    pairs = gl.minimum(first + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout))), T * R - 1)
+    at = ((b * T + pairs // R).to(gl.int64) * (R * G) + group * R + pairs % R) * D
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    at = gl.expand_dims(gl.expand_dims(at, 1), 2)
+    return gl.load(ptr + (at + gl.expand_dims(gl.expand_dims(d, 0), 1)))
+
+
+@gluon.jit
+def load_offsets(
+    ptr, first, b, group, T, S2, R: gl.constexpr, G: gl.constexpr, BS: gl.constexpr, D: gl.constexpr,
+    MANY: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Rows of k2 or v2 (B, S2, G, D) that the offsets of these pairs stand for, [pairs or 1, BS, D].
+
+    Offsets before the first row get the first row: a finite stand-in that nothing is computed from.
+    """
+    s = gl.arange(0, BS, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    if MANY:
+        PAIRS: gl.constexpr = 64 // BS
+        pairs = first + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+        query = gl.minimum(pairs, T * R - 1) // R
+        m = gl.expand_dims(gl.expand_dims(query, 1), 2) - gl.expand_dims(gl.expand_dims(s, 0), 2)
+    else:
+        m = gl.minimum(first, T * R - 1) // R - gl.expand_dims(gl.expand_dims(s, 0), 2)
+    m = gl.maximum(m + S2 - T, 0)
+    start = ((b * S2).to(gl.int64) * G + group) * D
+    return gl.load(ptr + start + (m * (G * D) + gl.expand_dims(gl.expand_dims(d, 0), 1)))
