@@ -1,8 +1,13 @@
 """Shape and dtype annotations of ops and nn are checked while the tests run (jaxtyping with beartype)."""
 
+import os
+
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
+if not torch.cuda.is_available():  # read when triton is imported: its kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 install_import_hook(["sidlm.ops", "sidlm.nn"], "beartype.beartype")
 
 

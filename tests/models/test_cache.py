@@ -120,3 +120,83 @@ def test_a_cache_without_the_config_is_refused(model_of, ids):
 def test_a_tuple_is_refused(model_of, ids):
     with pytest.raises(ValueError, match="past_key_values must be a transformers Cache, got tuple"):
         model_of()(ids(1, 4), past_key_values=())
+
+
+def step(layer: SimplicialCacheLayer, position: int, n: int, window=(7, 4), batch=2):
+    """n positions by way of ring buffers; the rings unrolled to what the n queries see, one list a tensor."""
+    x = torch.arange(position, position + n, dtype=torch.float32).expand(batch, 3, 1, n).transpose(2, 3)
+    (k, k2, lengths), (v, v2) = layer.update(x, x + 100, k2=x + 200, v2=x + 300, window=window, rings=True)
+    assert lengths.tolist() == [position + n] * batch
+    out = []
+    for ring, w in ((k, window[0]), (v, window[0]), (k2, window[1]), (v2, window[1])):
+        first = max(0, position - (w - 1))
+        out.append([ring[0, 0, p % ring.shape[2], 0].item() for p in range(first, position + n)])
+    return out
+
+
+@pytest.mark.parametrize("window", [(7, 4), (4, 7), (1, 1), (3, 1)])
+@pytest.mark.parametrize("prefill", [0, 3, 20])
+def test_rings_hold_what_the_new_queries_see(window, prefill):
+    """Steps of one token and of several, which make larger rings, with an update in order between them."""
+    layer, position = SimplicialCacheLayer(), prefill
+    if prefill:
+        fill(layer, [prefill], window)
+    for n in (1, 1, 1, 5, 1, 2, 9, 1, 0, 1, 1):
+        if n == 0:  # an update in order leaves the rings, and the next step makes them again
+            x = torch.full((2, 3, 1, 1), float(position))
+            layer.update(x, x + 100, k2=x + 200, v2=x + 300, window=window)
+            position += 1
+            continue
+        seen = step(layer, position, n, window)
+        for w, x, offset in zip((window[0],) * 2 + (window[1],) * 2, seen, (0, 100, 200, 300), strict=True):
+            assert x == [float(i + offset) for i in range(max(0, position - (w - 1)), position + n)]
+        position += n
+    assert layer.get_seq_length() == position
+    for w, x in zip((window[0],) * 2 + (window[1],) * 2, layer._tensors(), strict=True):
+        assert x.shape[2] == min(position, w - 1)
+
+
+def test_steps_write_in_place():
+    layer = SimplicialCacheLayer()
+    fill(layer, [20])
+    step(layer, 20, 1)
+    rings = layer._stored()
+    assert [x.shape[2] for x in rings] == [7, 7, 4, 4]
+    for i in range(21, 40):
+        step(layer, i, 1)
+    assert all(a is b for a, b in zip(rings, layer._stored(), strict=True))
+
+
+def test_no_rings_while_the_past_is_recorded():
+    layer = SimplicialCacheLayer()
+    fill(layer, [5])
+    step(layer, 5, 1)
+    layer.activate_past_recording()
+    x = torch.full((2, 3, 4, 1), 6.0)
+    keys, _ = layer.update(x, x, k2=x, v2=x, window=(7, 4), rings=True)
+    assert len(keys) == 2 and keys[0].shape[2] == 10
+    layer.crop(-4)
+    assert layer.get_seq_length() == 6 and layer.keys[0, 0, :, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_rings_survive_what_is_done_to_a_batch():
+    layer = SimplicialCacheLayer()
+    fill(layer, [20])
+    step(layer, 20, 1)
+    layer.batch_repeat_interleave(2)
+    layer.reorder_cache(torch.tensor([3, 2, 1, 0]))
+    layer.batch_select_indices(torch.tensor([0]))
+    layer.offload()
+    layer.prefetch()
+    assert step(layer, 21, 1, batch=1)[0] == [15, 16, 17, 18, 19, 20, 21]
+    layer.reset()
+    assert step(layer, 0, 2)[0] == [0, 1]
+
+
+def test_rings_made_in_inference_mode_serve_outside_it():
+    layer = SimplicialCacheLayer()
+    with torch.inference_mode():
+        fill(layer, [20])
+        step(layer, 20, 1)
+    with torch.no_grad():
+        assert step(layer, 21, 1)[2] == [218, 219, 220, 221]

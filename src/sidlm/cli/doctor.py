@@ -25,6 +25,26 @@ def _simplicial(dtype: Any, device: Any, impl: str) -> Result:
     return [out, *_gradients(out, weight, (q, k, v, k2, v2))]
 
 
+def _simplicial_decode(dtype: Any, device: Any, impl: str) -> Result:
+    """Three tokens behind histories of 63 and 9; the reference is the dense operation on what the rings hold."""
+    import torch
+
+    from sidlm.ops import two_simplicial_attention, two_simplicial_decode
+
+    inputs = _randn([(2, 3, 4, 32), *[(2, 63, 2, 32)] * 4], dtype, device)
+    q, k, v, k2, v2 = (x.detach() for x in inputs)
+    settings: dict[str, Any] = {"window": (16, 8), "v2_bias": 1.0, "impl": impl}
+    if impl == "reference":
+        out: list[Any] = []
+        for b, n in enumerate((63, 9)):
+            row = (x[b : b + 1, :n] for x in (k, v, k2, v2))
+            out.append(two_simplicial_attention(q[b : b + 1], *row, **settings))
+        return [torch.cat(out)]
+    lengths = torch.tensor([63, 9], device=device)
+    # a ring of 63 slots: position p is in slot p
+    return [two_simplicial_decode(q, k, v, k2, v2, lengths, **settings)]
+
+
 def _attention(dtype: Any, device: Any, impl: str) -> Result:
     from sidlm.ops import attention
 
@@ -33,7 +53,11 @@ def _attention(dtype: Any, device: Any, impl: str) -> Result:
     return [out, *_gradients(out, weight, (q, k, v))]
 
 
-CHECKS: dict[str, Callable[[Any, Any, str], Result]] = {"simplicial": _simplicial, "attention": _attention}
+CHECKS: dict[str, Callable[[Any, Any, str], Result]] = {
+    "simplicial": _simplicial,
+    "simplicial_decode": _simplicial_decode,
+    "attention": _attention,
+}
 
 
 def _randn(shapes: list[tuple[int, ...]], dtype: Any, device: Any) -> list[Any]:
@@ -134,6 +158,7 @@ def _words(value: Any) -> str:
 
 
 def _show(facts: dict[str, Any], rows: list[dict[str, Any]], dtype: Any) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -144,8 +169,8 @@ def _show(facts: dict[str, Any], rows: list[dict[str, Any]], dtype: Any) -> None
             value = f"{value / 2**30:.1f} GiB"
         about.add_row(name.removesuffix("_bytes"), _words(value))
     console.print(about)
-    table = Table(title=f"operations in {dtype}")
-    for title in ("op", "implementation", "usable", "check", "error", "allowed"):
+    table = Table(title=f"operations in {dtype}", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
+    for title in ("op", "impl", "usable", "check", "error", "allowed"):
         table.add_column(title, no_wrap=True)
     table.add_column("why")
     for row in rows:

@@ -23,6 +23,9 @@ class SimplicialCacheLayer(DynamicLayer):
     That is all a later query can see. ``keys``/``values`` hold k, v, so that what transformers does to these two by
     name (devices, memory counts) still works. While past recording is on (assisted decoding) nothing is dropped
     until ``crop``.
+
+    A decoding step may ask for ring buffers instead: the four tensors then are rings with a few slots more, position p
+    in slot p % C, and a step writes its tokens in place. Whatever needs the order puts it back first (``_tensors``).
     """
 
     _layer_type = "simplicial_attention"
@@ -36,21 +39,35 @@ class SimplicialCacheLayer(DynamicLayer):
         self.window = (1, 1)
         self.cumulative_length = 0
         self.record_past = False
+        self.ringed = False
 
     def activate_past_recording(self) -> None:
         self.record_past = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args, k2: Tensor, v2: Tensor, window: tuple[int, int], **kwargs
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Append T positions; returns ``((k, k2), (v, v2))`` with the T new and the positions in reach before them."""
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args,
+        k2: Tensor,
+        v2: Tensor,
+        window: tuple[int, int],
+        rings: bool = False,
+        **kwargs,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        """Append T positions; returns ``((k, k2), (v, v2))`` with the T new and the positions in reach before them.
+
+        rings: the caller can take ring buffers (``ops.two_simplicial_decode``). It gets ``((k, k2, lengths), (v, v2))``
+        unless the past is being recorded: rings (B, G, C, D) with the new positions written, lengths (B,).
+        """
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-            self.keys2, self.values2 = k2[:, :, :0], v2[:, :, :0]
+            self._store([x[:, :, :0] for x in (key_states, value_states, k2, v2)])
             self.is_initialized = True
         self.window = window
         new = key_states.shape[2]
+        if rings and not self.record_past:
+            return self._update_rings((key_states, value_states, k2, v2), new)
         full = [
             torch.cat((old, now), dim=2) if old.shape[2] else now
             for old, now in zip(self._tensors(), (key_states, value_states, k2, v2), strict=True)
@@ -60,10 +77,51 @@ class SimplicialCacheLayer(DynamicLayer):
         k, v, k2, v2 = (_last(x, w - 1 + new) for x, w in zip(full, self._windows(), strict=True))
         return (k, k2), (v, v2)
 
+    def _update_rings(self, tensors: Sequence[Tensor], new: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        self._make_rings(new)
+        for ring, x in zip(self._stored(), tensors, strict=True):
+            at = self.cumulative_length % ring.shape[2]
+            before_end = min(new, ring.shape[2] - at)
+            ring[:, :, at : at + before_end] = x[:, :, :before_end]
+            if before_end < new:
+                ring[:, :, : new - before_end] = x[:, :, before_end:]
+        self.cumulative_length += new
+        k, v, k2, v2 = self._stored()
+        return (k, k2, torch.full((k.shape[0],), self.cumulative_length, device=k.device)), (v, v2)
+
+    def _make_rings(self, new: int) -> None:
+        """Lay the four tensors out as rings in which `new` tokens can be written, unless they are that already."""
+        fits = all(x.shape[2] >= w - 1 + new for x, w in zip(self._stored(), self._windows(), strict=True))
+        # tensors made in inference mode cannot be written to outside it
+        writable = torch.is_inference_mode_enabled() or not any(x.is_inference() for x in self._stored())
+        if self.ringed and fits and writable:
+            return
+        rings = []
+        for x, w in zip(self._tensors(), self._windows(), strict=True):
+            ring = x.new_zeros(*x.shape[:2], w - 1 + new, x.shape[3])
+            ring[:, :, self._slots(x.shape[2], ring)] = x
+            rings.append(ring)
+        self._store(rings)
+        self.ringed = True
+
+    def _slots(self, count: int, ring: Tensor) -> Tensor:
+        """Slots of the last `count` positions, in order."""
+        end = self.cumulative_length
+        return torch.arange(end - count, end, device=ring.device) % ring.shape[2]
+
     def _windows(self) -> tuple[int, int, int, int]:
         return self.window[0], self.window[0], self.window[1], self.window[1]
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, k2, v2 in order."""
+        if self.ringed:
+            kept = (min(self.cumulative_length, w - 1) for w in self._windows())
+            self._store([x[:, :, self._slots(n, x)] for x, n in zip(self._stored(), kept, strict=True)])
+            self.ringed = False
+        return self._stored()
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, k2, v2 as they are stored, in order or as rings."""
         assert self.keys is not None and self.values is not None  # all four are set as one
         assert self.keys2 is not None and self.values2 is not None
         return self.keys, self.values, self.keys2, self.values2
@@ -106,7 +164,7 @@ class SimplicialCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.keys = self.values = self.keys2 = self.values2 = None
-        self.is_initialized = False
+        self.is_initialized = self.ringed = False
         self.cumulative_length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -114,19 +172,19 @@ class SimplicialCacheLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self._store([x.repeat_interleave(repeats, dim=0) for x in self._tensors()])
+            self._store([x.repeat_interleave(repeats, dim=0) for x in self._stored()])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
-            self._store([x[indices.to(x.device)] for x in self._tensors()])
+            self._store([x[indices.to(x.device)] for x in self._stored()])
 
     def offload(self) -> None:
         if self.is_initialized:
-            self._store([x.to("cpu", non_blocking=True) for x in self._tensors()])
+            self._store([x.to("cpu", non_blocking=True) for x in self._stored()])
 
     def prefetch(self) -> None:
         if self.is_initialized:
-            self._store([x.to(self.device, non_blocking=True) for x in self._tensors()])
+            self._store([x.to(self.device, non_blocking=True) for x in self._stored()])
 
 
 class SimplicialStaticCacheLayer(StaticLayer):

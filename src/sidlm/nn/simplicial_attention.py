@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sidlm import ops
@@ -10,6 +11,8 @@ from sidlm.nn.norm import RMSNorm
 from sidlm.nn.rotary import Positions
 
 POSITIONS = ("none", "rope", "rotation")
+DECODED_AT_ONCE = 16
+"""With a cache and without gradients, up to so many tokens take the path for decoding, on a GPU."""
 
 
 class SimplicialAttention(nn.Module):
@@ -66,7 +69,9 @@ class SimplicialAttention(nn.Module):
         """x: (B, T, hidden_size) -> the same shape.
 
         cache: an object whose ``update(k, v, layer_idx, k2=, v2=, window=)`` takes (B, G, T, D) tensors and returns
-        ``((k, k2), (v, v2))`` with the positions still in reach in front, or None.
+        ``((k, k2), (v, v2))`` with the positions still in reach in front, or None. Where few tokens need no gradient it
+        is given ``rings=True`` and may return ``((k, k2, lengths), (v, v2))``, ring buffers (B, G, C, D) that hold the
+        new positions too (:func:`sidlm.ops.two_simplicial_decode`).
         doc_ids: (B, S) int, S >= the longest keys, aligned at the end; negative is padding. mask is not used.
         """
         b, t, _ = x.shape
@@ -84,29 +89,40 @@ class SimplicialAttention(nn.Module):
             cos3, sin3 = positions.cos3, positions.sin3
             assert cos3 is not None and sin3 is not None
             q, k, k2 = (ops.apply_rope3(z, cos3, sin3) for z in (q, k, k2))
+        lengths = None
         if cache is not None:
-            new = (z.transpose(1, 2) for z in (k, v, k2, v2))
-            k, v, k2, v2 = self._through_cache(cache, *new)
-        if doc_ids is not None:
-            doc_ids = doc_ids[:, -max(k.shape[1], k2.shape[1]) :]
-        out = ops.two_simplicial_attention(
-            q,
-            k,
-            v,
-            k2,
-            v2,
-            window=self.window,
-            form=self.form,
-            k2_bias=self.k2_bias,
-            v2_bias=self.v2_bias,
-            doc_ids=doc_ids,
-        )
+            k, v, k2, v2, lengths = self._through_cache(cache, k, v, k2, v2)
+        settings: dict[str, Any] = {
+            "window": self.window, "form": self.form, "k2_bias": self.k2_bias, "v2_bias": self.v2_bias,
+        }  # fmt: skip
+        if lengths is not None:
+            out = ops.two_simplicial_decode(q, k, v, k2, v2, lengths, doc_ids=doc_ids, **settings)
+        else:
+            if doc_ids is not None:
+                doc_ids = doc_ids[:, -max(k.shape[1], k2.shape[1]) :]
+            out = ops.two_simplicial_attention(q, k, v, k2, v2, doc_ids=doc_ids, **settings)
         assert isinstance(out, Tensor)  # a pair only with return_lse
         return self.o_proj(out.reshape(b, t, -1))
 
-    def _through_cache(self, cache: Any, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> tuple[Tensor, ...]:
-        (k, k2), (v, v2) = cache.update(k, v, self.layer_idx, k2=k2, v2=v2, window=self.window)
-        return k.transpose(1, 2), v.transpose(1, 2), k2.transpose(1, 2), v2.transpose(1, 2)
+    def _through_cache(
+        self, cache: Any, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What the queries see, each (B, S, G, D); lengths (B,) if these are ring buffers, else None."""
+        k, v, k2, v2 = (z.transpose(1, 2) for z in (k, v, k2, v2))
+        rings = _wants_rings(k)
+        (k, k2, *lengths), (v, v2) = cache.update(k, v, self.layer_idx, k2=k2, v2=v2, window=self.window, rings=rings)
+        k, v, k2, v2 = (z.transpose(1, 2) for z in (k, v, k2, v2))
+        return k, v, k2, v2, lengths[0] if lengths else None
+
+
+def _wants_rings(new_keys: Tensor) -> bool:
+    """Whether these keys (B, G, T, D) behind a cache are a step of decoding from ring buffers.
+
+    On a CPU the rows in order cost less: there the rings would be put in order first. A compiled graph would depend on
+    the slot that is written to.
+    """
+    few = new_keys.shape[2] <= DECODED_AT_ONCE
+    return few and new_keys.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def check_position(position: str, form: str, k2_bias: float) -> None:

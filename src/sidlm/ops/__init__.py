@@ -7,8 +7,15 @@ from sidlm.ops.norm import rms_norm
 from sidlm.ops.rope import apply_rope, apply_rope3, rope3_frequencies, rope_cos_sin, rope_frequencies
 from sidlm.ops.simplicial.api import IMPLEMENTATIONS as _SIMPLICIAL
 from sidlm.ops.simplicial.api import two_simplicial_attention
+from sidlm.ops.simplicial.decode import IMPLEMENTATIONS as _DECODE
+from sidlm.ops.simplicial.decode import two_simplicial_decode
+from sidlm.ops.simplicial.varlen import (
+    halo_sizes,
+    two_simplicial_attention_halo,
+    two_simplicial_attention_varlen,
+)
 
-IMPLEMENTATIONS = {"simplicial": _SIMPLICIAL, "attention": _ATTENTION}
+IMPLEMENTATIONS = {"simplicial": _SIMPLICIAL, "simplicial_decode": _DECODE, "attention": _ATTENTION}
 """Op -> its implementations in order of preference; see :mod:`sidlm.ops.dispatch`."""
 
 __all__ = [
@@ -18,10 +25,14 @@ __all__ = [
     "apply_rope3",
     "attention",
     "attention_mask",
+    "halo_sizes",
     "linear_cross_entropy",
     "rms_norm",
     "rope3_frequencies",
     "rope_cos_sin",
     "rope_frequencies",
     "two_simplicial_attention",
+    "two_simplicial_attention_halo",
+    "two_simplicial_attention_varlen",
+    "two_simplicial_decode",
 ]

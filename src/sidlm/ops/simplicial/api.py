@@ -1,5 +1,7 @@
 """The public function of 2-simplicial attention: checks its input, picks an implementation, is one node to autograd."""
 
+import functools
+import importlib
 import math
 
 import torch
@@ -8,51 +10,60 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
 from sidlm.ops import dispatch
-from sidlm.ops.simplicial import eager
+from sidlm.ops.simplicial import flops, prepare
 from sidlm.ops.simplicial.reference import reference
 
 FORMS = ("trilinear", "determinant")
+BACKENDS = {"hopper": "hopper", "triton": "portable", "eager": "eager"}
+"""Implementation -> module with its `forward` and `backward`; imported when first used, for triton may be missing."""
+
+
+def _backend(impl: str):
+    return importlib.import_module(f"sidlm.ops.simplicial.{BACKENDS[impl]}")
 
 
 @torch.library.custom_op("sidlm::two_simplicial", mutates_args=())
 def _two_simplicial(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int, form: str, scale: float,
-    k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    k2_bias: float, v2_bias: float, doc_ids: Tensor | None, impl: str = "eager",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return eager.forward(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
+    return _backend(impl).forward(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
 
 
 @_two_simplicial.register_fake
-def _(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids):
+def _(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl="eager"):
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.custom_op("sidlm::two_simplicial_backward", mutates_args=())
 def _two_simplicial_backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, out: Tensor,
-    w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    lse: Tensor, w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    impl: str = "eager",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return eager.backward(grad_out, grad_lse, q, k, v, k2, v2, out, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
+    settings = (w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
+    return _backend(impl).backward(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *settings)
 
 
 @_two_simplicial_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, k2, v2, out, w1, w2, form, scale, k2_bias, v2_bias, doc_ids):
+def _(grad_out, grad_lse, q, k, v, k2, v2, out, lse, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl="eager"):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, k2, v2))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, w1, w2, form, scale, k2_bias, v2_bias, doc_ids = inputs
-    ctx.save_for_backward(*tensors, output[0], doc_ids)
-    ctx.settings = (w1, w2, form, scale, k2_bias, v2_bias)
+    *tensors, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl = inputs
+    ctx.save_for_backward(*tensors, *output, doc_ids)
+    ctx.settings, ctx.impl = (w1, w2, form, scale, k2_bias, v2_bias), impl
 
 
 def _backward(ctx, grad_out, grad_lse):
     *saved, doc_ids = ctx.saved_tensors
-    grads = _two_simplicial_backward(grad_out.contiguous(), grad_lse.contiguous(), *saved, *ctx.settings, doc_ids)
-    return *grads, *(None,) * 7
+    grads = (grad_out.contiguous(), grad_lse.contiguous())
+    return *_two_simplicial_backward(*grads, *saved, *ctx.settings, doc_ids, ctx.impl), *(None,) * 8
 
 
 _two_simplicial.register_autograd(_backward, setup_context=_setup_context)
+flops.register_flop_formulas()
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -63,8 +74,14 @@ def _any_device(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"{dtype} is not a floating-point type"
 
 
+def _through(impl: str):
+    return functools.partial(_two_simplicial, impl=impl)
+
+
 IMPLEMENTATIONS = {
-    "eager": dispatch.Implementation(_two_simplicial, _any_device),
+    "hopper": dispatch.Implementation(_through("hopper"), prepare.why_not_hopper),
+    "triton": dispatch.Implementation(_through("triton"), prepare.why_not_triton),
+    "eager": dispatch.Implementation(_through("eager"), _any_device),
     "reference": dispatch.Implementation(reference, _any_device),
 }
 
@@ -155,7 +172,7 @@ def two_simplicial_attention(
             crosses a document. Negative ids are padding: never seen, and their own output is zero.
         return_lse: also return the natural-log sum of exponentials over all pairs, (B, T, H), float32 (float64 for
             float64), -inf for padding queries. It is differentiable.
-        impl: name of an implementation ("eager", "reference"); None takes the first that can run.
+        impl: name of an implementation ("hopper", "triton", "eager", "reference"); None takes the first that can run.
 
     Returns:
         (B, T, H, D) in q's dtype, and the LSE if asked for.
@@ -165,7 +182,8 @@ def two_simplicial_attention(
     """
     _check(q, {"k": k, "v": v, "k2": k2, "v2": v2}, window, form, doc_ids)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    chosen = IMPLEMENTATIONS[dispatch.choose("simplicial", IMPLEMENTATIONS, impl, q.device, q.dtype)]
+    candidates = prepare.in_order(IMPLEMENTATIONS, q.device)
+    chosen = IMPLEMENTATIONS[dispatch.choose("simplicial", candidates, impl, q.device, q.dtype)]
     w1, w2 = int(window[0]), int(window[1])
     out, lse = chosen.run(q, k, v, k2, v2, w1, w2, form, scale, float(k2_bias), float(v2_bias), doc_ids)
     return (out, lse) if return_lse else out

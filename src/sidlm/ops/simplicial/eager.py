@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sidlm.ops.simplicial.documents import backward_apart, forward_apart
+
 # logits held at once, in elements. On a CPU they should stay in the last-level cache; a GPU wants large launches.
 BUDGET = {"cpu": 1 << 20, "cuda": 1 << 28}
 
@@ -176,6 +178,7 @@ def _logits(p: Problem, b: Block) -> tuple[Tensor, Tensor]:
     return logits, u
 
 
+@forward_apart
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int, form: str, scale: float,
     k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
@@ -209,11 +212,15 @@ def _scatter(target: Tensor, grad: Tensor, b: Block) -> None:
         target[b.bg, b.m.start + s : b.m.start + s + b.shape[2]] += grad[:, :, s]
 
 
+@backward_apart
 def backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, out: Tensor,
-    w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    lse: Tensor, w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, k2, v2, each in its input's shape and dtype; grad_lse (B, T, H) may be zeros."""
+    """Gradients of q, k, v, k2, v2, each in its input's shape and dtype; grad_lse (B, T, H) may be zeros.
+
+    The saved LSE is not used: see above.
+    """
     p = _prepare(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
     high = p.q.dtype
 

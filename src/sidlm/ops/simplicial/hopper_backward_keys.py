@@ -11,7 +11,7 @@ transposed, (pairs, rows), so that both weights are operands from registers. Par
 block writes and are added in a fixed order: the same bits every time.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -27,8 +27,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sidlm.ops.simplicial.hopper_tiles import gluon_type, processors
+from sidlm.ops.simplicial.prepare import LOG2E, Problem
+
 
 @gluon.jit
+@no_type_check
 def _job(S1, S2, T, w1, w2, MC, slots):
     """This program's first key j (row of k), and its range of m (rows of k2). T, the last query, is at both ends."""
     block = gl.program_id(0) // slots
@@ -41,6 +45,7 @@ def _job(S1, S2, T, w1, w2, MC, slots):
 
 
 @gluon.jit
+@no_type_check
 def _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS: gl.constexpr):
     """First and last query that sees the second key m and one of the 64 keys from j on."""
     t = m - (S2 - T)
@@ -55,42 +60,54 @@ def _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS: gl.constexpr):
 
 
 @gluon.jit
-def _span(m, j, last_ptr, b, T, S1, S2, w1, w2, R: gl.constexpr, HAS_DOCS: gl.constexpr):
-    """First row (query, head) and number of 64-row tiles for the pair of positions m, m + 1."""
+@no_type_check
+def _pass(m, j, last_ptr, b, T, S1, S2, w1, w2, R: gl.constexpr, HAS_DOCS: gl.constexpr):
+    """What one pass of the loop takes: 1 or 2 positions m, their queries, the first row and the number of tiles.
+
+    Positions of two documents never share a pass. Rows start at a multiple of four, as copies of the LSE must.
+    """
     lo, hi = _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
-    lo2, hi2 = _rows(m + 1, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
-    if lo > hi:
-        lo = lo2
-    hi = gl.maximum(hi, hi2)
-    return lo * R, gl.cdiv(gl.maximum(hi - lo + 1, 0) * R, 64)
+    count = 2
+    if HAS_DOCS:
+        if gl.load(last_ptr + b * S2 + m) <= m - (S2 - T):
+            count = 1
+    if count == 2:
+        lo2, hi2 = _rows(m + 1, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
+        if lo > hi:
+            lo = lo2
+        hi = gl.maximum(hi, hi2)
+    row = lo * R // 4 * 4
+    return count, lo, hi, row, gl.cdiv(gl.maximum((hi + 1) * R - row, 0), 64)
 
 
 @gluon.jit
+@no_type_check
 def _producer(
     q_desc, do_desc, lse_desc, delta_desc, q_smem, do_smem, lse_smem, delta_smem, full, empty, last_ptr,
-    T, S1, S2, w1, w2, MC, slots,
+    T, S1, S2, w1, w2, MC, slots, pitch,
     R: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
     j, m, end = _job(S1, S2, T, w1, w2, MC, slots)
     bg = gl.program_id(1)
     step = 0
     while m < end:
-        row, tiles = _span(m, j, last_ptr, bg // G, T, S1, S2, w1, w2, R, HAS_DOCS)
+        count, _lo, _hi, row, tiles = _pass(m, j, last_ptr, bg // G, T, S1, S2, w1, w2, R, HAS_DOCS)
         for n in range(tiles):
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
             bar = full.index(slot)
             mbarrier.expect(bar, 2 * q_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes)
-            at = bg * (T * R) + row + n * 64
+            at = bg * pitch + row + n * 64
             tma.async_copy_global_to_shared(q_desc, [at, 0], bar, q_smem.index(slot))
             tma.async_copy_global_to_shared(lse_desc, [at], bar, lse_smem.index(slot))
             tma.async_copy_global_to_shared(delta_desc, [at], bar, delta_smem.index(slot))
             tma.async_copy_global_to_shared(do_desc, [at, 0], bar, do_smem.index(slot))
             step += 1
-        m += 2
+        m += count
 
 
 @gluon.jit
+@no_type_check
 def _fold(d_pair, pair_row, kept, sums, scratch, out_ptr, D: gl.constexpr, o_layout: gl.constexpr):
     """sums[j] += d_pair[j] o (row of m); out[:] = sum_j d_pair[j] o kept[j]. Zero times NaN is zero here."""
     sums.store(sums.load(o_layout) + d_pair * pair_row[None, :])
@@ -104,10 +121,21 @@ def _fold(d_pair, pair_row, kept, sums, scratch, out_ptr, D: gl.constexpr, o_lay
 
 
 @gluon.jit
+@no_type_check
+def _clear_outside(tile, row, lo, hi, D: gl.constexpr):
+    """Zero the rows of a tile, the first of which is `row`, that are not in [lo, hi)."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    values = tile.load(layout)
+    tile.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
+
+
+@gluon.jit
+@no_type_check
 def _consumer(
     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
     k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
-    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, scale, k2_bias, v2_bias,
+    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
     WG: gl.constexpr,
 ):  # fmt: skip
@@ -137,8 +165,10 @@ def _consumer(
     while m < end:
         mine = m + WG
         t = mine - (S2 - T)
-        row, tiles = _span(m, j, last_ptr, b, T, S1, S2, w1, w2, R, HAS_DOCS)
+        count, all_lo, all_hi, row, tiles = _pass(m, j, last_ptr, b, T, S1, S2, w1, w2, R, HAS_DOCS)
         lo, hi = _rows(mine, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
+        if count <= WG:
+            hi = lo - 1
         at = ((b * S2).to(gl.int64) + gl.minimum(mine, S2 - 1)) * (G * D) + (bg % G) * D
         k2 = gl.load(k2_ptr + at + d_wide).to(gl.float32) + k2_bias
         kappa.store((k_kept.load(wide).to(gl.float32) * k2[None, :]).to(dtype))
@@ -156,6 +186,12 @@ def _consumer(
             if (last >= lo) & (first <= hi):
                 q = q_smem.index(slot)
                 d_out = do_smem.index(slot)
+                if R % 64 != 0:
+                    if (first < all_lo) | (last > all_hi):  # rows of another document, or none: 0 * NaN is NaN
+                        _clear_outside(q, row + n * 64, all_lo * R, (all_hi + 1) * R, D)
+                        _clear_outside(d_out, row + n * 64, all_lo * R, (all_hi + 1) * R, D)
+                        fence_async_shared()
+                        gl.thread_barrier()
                 s_token = warpgroup_mma(kappa, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 dp_token = warpgroup_mma(nu, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
                 lse = lse_smem.index(slot).load(columns)
@@ -165,8 +201,8 @@ def _consumer(
                     last <= gl.minimum(gl.minimum(t + w2 - 1, j - (S1 - T) + w1 - 1), T - 1)
                 )
                 if HAS_DOCS:
-                    own = gl.load(reach_ptr + b * T + gl.minimum(last, T - 1))
-                    whole = whole & (last - gl.minimum(t, j - (S1 - T)) < own)
+                    back = gl.load(reach_ptr + b * T + gl.minimum(last, T - 1))
+                    whole = whole & (last - gl.minimum(t, j - (S1 - T)) < back)
                 if not whole:
                     i = (row + n * 64 + column) // R
                     seen = (i >= t) & (i < t + w2) & (i <= hi)
@@ -197,7 +233,7 @@ def _consumer(
             _fold(d_nu, v2_o, v_kept, sums_smem.index(1), scratch, dv2_ptr + home, D, o_layout)
         mbarrier.arrive(turns.index(WG), count=1)
         turn += 1
-        m += 2
+        m += count
     if WG == 0:  # the other's last turn comes after this one's
         mbarrier.wait(turns.index(1), (turn & 1) ^ 1)
     total = sums_smem.index(WG).load(o_layout)
@@ -210,9 +246,10 @@ def _consumer(
 
 
 @gluon.jit
+@no_type_check
 def backward_keys_kernel(
     q_desc, do_desc, lse_desc, delta_desc, k_ptr, v_ptr, k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr,
-    reach_ptr, last_ptr, T, S1, S2, w1, w2, MC, slots, BG, scale_log2, scale, k2_bias, v2_bias,
+    reach_ptr, last_ptr, T, S1, S2, w1, w2, MC, slots, pitch, BG, scale_log2, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -253,7 +290,7 @@ def backward_keys_kernel(
                 (
                     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
                     k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
-                    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, scale, k2_bias, v2_bias,
+                    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
                     R, G, D, STAGES, HAS_DOCS, FIRST,
                 ),
             ),
@@ -262,7 +299,7 @@ def backward_keys_kernel(
                 (
                     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
                     k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
-                    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, scale, k2_bias, v2_bias,
+                    T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
                     R, G, D, STAGES, HAS_DOCS, SECOND,
                 ),
             ),
@@ -270,7 +307,7 @@ def backward_keys_kernel(
                 _producer,
                 (
                     q_desc, do_desc, lse_desc, delta_desc, q_smem, do_smem, lse_smem, delta_smem, full, empty, last_ptr,
-                    T, S1, S2, w1, w2, MC, slots, R, G, STAGES, HAS_DOCS,
+                    T, S1, S2, w1, w2, MC, slots, pitch, R, G, STAGES, HAS_DOCS,
                 ),
             ),
         ],
@@ -280,38 +317,41 @@ def backward_keys_kernel(
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor,
-    w1: int, w2: int, scale: float, k2_bias: float, v2_bias: float, reach: Tensor | None, last: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dk, dv, dk2, dv2, float32 and (B, S, G, D)."""
-    batch, steps, heads, dim = q.shape
-    s1, s2, groups = k.shape[1], k2.shape[1], k.shape[2]
-    per_group = heads // groups
+    p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None, last: Tensor | None
+) -> list[Tensor]:
+    """dk, dv (B, S1, G, D) and dk2, dv2 (B, S2, G, D), float32, for the trilinear form.
+
+    reach (B, T), last (B, S2): how far back a query sees, and the last query of each second key's document.
+    """
+    batch, steps, s1, s2, groups, per_group, dim = p.shape
+    w1, w2 = p.w1, p.w2
+    pitch = triton.cdiv(steps * per_group, 4) * 4
 
     def rows(x: Tensor) -> Tensor:
-        """(B, T, H, ...) -> (B * G * T * R, ...): the rows of a group of heads follow one another."""
-        return x.unflatten(2, (groups, per_group)).transpose(1, 2).flatten(0, 3).contiguous()
+        """(B, T, H, ...) -> (B * G * pitch, ...): the rows of a group of heads follow one another."""
+        x = x.unflatten(2, (groups, per_group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        if pitch > x.shape[1]:
+            x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, pitch - x.shape[1]))
+        return x.flatten(0, 1).contiguous()
 
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([64, dim], dtype)
+    layout = gl.NVMMASharedLayout.get_default_for([64, dim], gluon_type(p.q))
     line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    lse2 = torch.where(lse == -torch.inf, torch.inf, lse * 1.4426950408889634)
-    descriptors: list[Any] = [TensorDescriptor.from_tensor(rows(x), [64, dim], layout) for x in (q, grad_out)]
+    lse2 = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E)
+    descriptors: list[Any] = [TensorDescriptor.from_tensor(rows(x), [64, dim], layout) for x in (p.q, grad_out)]
     descriptors += [TensorDescriptor.from_tensor(rows(x), [64], line) for x in (lse2, delta)]
 
     blocks = triton.cdiv(s1, 64)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     span = 64 + w1 + w2 - 2  # positions m that meet a block of keys
-    wanted = max(1, triton.cdiv(8 * processors, blocks * batch * groups))
+    wanted = max(1, triton.cdiv(8 * processors(lse.device), blocks * batch * groups))
     chunk = max(8, triton.next_power_of_2(triton.cdiv(span, wanted)))
     slots = triton.cdiv(span - 1, chunk) + 1
     slots2 = triton.cdiv(w1 + w2 - 2, 64) + 1
     bg = batch * groups
-    dk, dv = (torch.empty(slots, bg, s1, dim, dtype=torch.float32, device=q.device) for _ in range(2))
-    dk2, dv2 = (torch.zeros(slots2, bg, s2, dim, dtype=torch.float32, device=q.device) for _ in range(2))
+    dk, dv = (torch.empty(slots, bg, s1, dim, dtype=torch.float32, device=lse.device) for _ in range(2))
+    dk2, dv2 = (torch.zeros(slots2, bg, s2, dim, dtype=torch.float32, device=lse.device) for _ in range(2))
     backward_keys_kernel[(blocks * slots, bg)](
-        *descriptors, k, v, k2, v2, dk, dv, dk2, dv2, k if reach is None else reach, k if last is None else last,
-        steps, s1, s2, w1, w2, chunk, slots, bg, scale * 1.4426950408889634, scale, k2_bias, v2_bias,
+        *descriptors, p.k, p.v, p.k2, p.v2, dk, dv, dk2, dv2, lse if reach is None else reach, lse if last is None else last,
+        steps, s1, s2, w1, w2, chunk, slots, pitch, bg, scale * LOG2E, p.k2_bias, p.v2_bias,
         R=per_group, G=groups, D=dim, STAGES=2, HAS_DOCS=reach is not None, num_warps=4,
     )  # fmt: skip
 
@@ -319,4 +359,4 @@ def launch(
         """Sum over slots, (B, S, G, D)."""
         return (x.sum(0) * factor).unflatten(0, (batch, groups)).transpose(1, 2)
 
-    return home(dk, scale), home(dv, 1.0), home(dk2, scale), home(dv2, 1.0)
+    return [home(dk, scale), home(dv, 1.0), home(dk2, scale), home(dv2, 1.0)]

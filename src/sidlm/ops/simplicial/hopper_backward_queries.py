@@ -5,7 +5,7 @@ with dO' = dO o v2, and dU = dS K; the softmax is known from the LSE. At the end
 shared between programs: the same bits every time.
 """
 
-from typing import Any
+from typing import no_type_check
 
 import torch
 import triton
@@ -18,22 +18,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sidlm.ops.simplicial.hopper_tiles import (
     clear_before,
     first_tile,
     hide,
+    key_descriptors,
     load_offsets,
     load_pairs,
     next_tile,
+    processors,
     stream_keys,
     visible,
     window,
 )
+from sidlm.ops.simplicial.prepare import LOG2E, Problem, next_power
 
 
 @gluon.jit
+@no_type_check
 def _shaper(
     u_smem, o_smem, z_smem, lse_smem, delta_smem, u_full, u_empty, z_full, z_empty,
     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dqb_ptr, reach_ptr,
@@ -61,6 +64,7 @@ def _shaper(
 
 
 @gluon.jit
+@no_type_check
 def _form(
     u_smem, o_smem, lse_smem, delta_smem, u_full, u_empty, step, local, bg,
     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
@@ -105,6 +109,7 @@ def _form(
 
 
 @gluon.jit
+@no_type_check
 def _statistics(
     lse_smem, delta_smem, first, wg: gl.constexpr, b, group, lse_ptr, delta_ptr, reach_ptr, T, S2, w2,
     R: gl.constexpr, G: gl.constexpr, BS: gl.constexpr, HAS_DOCS: gl.constexpr,
@@ -121,13 +126,12 @@ def _statistics(
     lse = gl.load(lse_ptr + row_at, mask=inside, other=-float("inf")) * LOG2E
     seen = seen & (lse > -float("inf"))[:, None]
     delta = gl.load(delta_ptr + row_at, mask=inside, other=0.0)
-    lse_smem._reinterpret(gl.float32, [2, PAIRS, BS], table).index(wg).store(
-        gl.where(seen, lse[:, None], float("inf"))
-    )
+    lse_smem._reinterpret(gl.float32, [2, PAIRS, BS], table).index(wg).store(gl.where(seen, lse[:, None], float("inf")))
     delta_smem._reinterpret(gl.float32, [2, PAIRS, BS], table).index(wg).store(gl.where(seen, delta[:, None], 0.0))
 
 
 @gluon.jit
+@no_type_check
 def _merge(
     z_smem, z_full, z_empty, step, local, bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr, reach_ptr,
     T, S2, w2, scale, k2_bias,
@@ -164,6 +168,7 @@ def _merge(
 
 
 @gluon.jit
+@no_type_check
 def _hand_over(acc, z_smem, z_full, z_empty, step, WG: gl.constexpr):
     mbarrier.wait(z_empty.index(WG), (step & 1) ^ 1)
     z_smem.index(WG).store(acc)
@@ -171,6 +176,7 @@ def _hand_over(acc, z_smem, z_full, z_empty, step, WG: gl.constexpr):
 
 
 @gluon.jit
+@no_type_check
 def _consumer(
     k_smem, v_smem, u_smem, o_smem, z_smem, lse_smem, delta_smem,
     k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
@@ -245,6 +251,7 @@ def _consumer(
 
 
 @gluon.jit
+@no_type_check
 def backward_queries_kernel(
     k_desc, v_desc, q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dqb_ptr, reach_ptr,
     T, S1, S2, w1, w2, tiles, total, scale_log2, scale, k2_bias, v2_bias,
@@ -324,30 +331,20 @@ def backward_queries_kernel(
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, qb: Tensor | None, k2b: Tensor | None,
-    grad_out: Tensor, lse: Tensor, delta: Tensor, w1: int, w2: int, scale: float, k2_bias: float, v2_bias: float,
-    reach: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dq in q's dtype; for the determinant two float32 sums, see `prepare`."""
-    batch, steps, heads, dim = q.shape
-    s1, s2, groups = k.shape[1], k2.shape[1], k.shape[2]
-    per_group = heads // groups
-    block, stages, offsets = 64, 3, max(8, triton.next_power_of_2(w2))
+    p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None
+) -> tuple[Tensor, ...]:
+    """dq in q's dtype; for the determinant the two float32 sums of `prepare.Problem.rotations`."""
+    batch, steps, s1, s2, groups, per_group, dim = p.shape
+    (q, qb), (k2, k2b) = p.right(p.q), p.left(p.k2)
+    block, offsets = 64, next_power(p.w2, 8)
     pairs = 2 * (64 // offsets)
     tiles = triton.cdiv(steps * per_group, pairs)
     total = batch * groups * tiles
-    dq = torch.empty_like(q) if qb is None else torch.empty_like(q, dtype=torch.float32)
-    dqb = None if qb is None else torch.empty_like(dq)
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([block, dim], dtype)
-    descriptors: list[Any] = [
-        TensorDescriptor.from_tensor(x.view(batch * s1, groups * dim), [block, dim], layout) for x in (k, v)
-    ]
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    backward_queries_kernel[(min(total, processors),)](
-        *descriptors, q, q if qb is None else qb, k2, k2 if k2b is None else k2b, v2, grad_out, lse, delta,
-        dq, dq if dqb is None else dqb, lse if reach is None else reach, steps, s1, s2, w1, w2, tiles, total,
-        scale * 1.4426950408889634, scale, k2_bias, v2_bias, R=per_group, G=groups, D=dim, BN=block, BS=offsets,
-        STAGES=stages, DETERMINANT=qb is not None, HAS_DOCS=reach is not None, MANY=per_group % pairs != 0, num_warps=4,
+    dqs = [torch.empty_like(p.q, dtype=torch.float32 if p.determinant else None) for _ in range(1 + p.determinant)]
+    backward_queries_kernel[(min(total, processors(q.device)),)](
+        *key_descriptors(p, block), q, qb, k2, k2b, p.v2, grad_out, lse, delta, dqs[0], dqs[-1],
+        lse if reach is None else reach, steps, s1, s2, p.w1, p.w2, tiles, total,
+        scale * LOG2E, scale, p.k2_bias, p.v2_bias, R=per_group, G=groups, D=dim, BN=block, BS=offsets,
+        STAGES=3, DETERMINANT=p.determinant, HAS_DOCS=reach is not None, MANY=per_group % pairs != 0, num_warps=4,
     )  # fmt: skip
-    return dq, dqb
+    return tuple(dqs)

@@ -10,7 +10,7 @@ measurements.
 Rows are packed in the order (query, head of the group, offset): any ratio of query heads to key heads fills the tile.
 """
 
-from typing import Any
+from typing import no_type_check
 
 import torch
 import triton
@@ -23,23 +23,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sidlm.ops.simplicial.hopper_tiles import (
     clear_before,
     first_tile,
     hide,
+    key_descriptors,
     load_offsets,
     load_pairs,
     next_tile,
+    processors,
     stream_keys,
     visible,
     window,
 )
-
+from sidlm.ops.simplicial.prepare import LOG2E, Problem, next_power
 
 
 @gluon.jit
+@no_type_check
 def _shaper(
     u_smem, z_smem, top_smem, sum_smem, u_full, u_empty, z_full, z_empty,
     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, out_ptr, lse_ptr, reach_ptr,
@@ -65,6 +67,7 @@ def _shaper(
 
 
 @gluon.jit
+@no_type_check
 def _form(
     u_smem, u_full, u_empty, step, local, bg, q_ptr, qb_ptr, k2_ptr, k2b_ptr, T, S2, k2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
@@ -97,6 +100,7 @@ def _form(
 
 
 @gluon.jit
+@no_type_check
 def _combine(
     u_smem, u_full, u_empty, step, q, qb, k2, k2b, k2_bias,
     D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr,
@@ -119,6 +123,7 @@ def _combine(
 
 
 @gluon.jit
+@no_type_check
 def _merge(
     z_smem, top_smem, sum_smem, z_full, z_empty, step, local, bg, v2_ptr, out_ptr, lse_ptr, reach_ptr,
     T, S2, w2, scale_log2, v2_bias,
@@ -176,13 +181,7 @@ def _merge(
 
 
 @gluon.jit
-def _softmax(s, old_top, scale_log2):
-    top = gl.maximum(old_top, gl.max(s, 1))
-    weights = gl.exp2(s * scale_log2 - (top * scale_log2)[:, None])
-    return weights, top
-
-
-@gluon.jit
+@no_type_check
 def _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, step, WG: gl.constexpr):
     mbarrier.wait(z_empty.index(WG), (step & 1) ^ 1)
     z_smem.index(WG).store(acc)
@@ -192,6 +191,7 @@ def _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty
 
 
 @gluon.jit
+@no_type_check
 def _consumer(
     k_smem, v_smem, u_smem, z_smem, top_smem, sum_smem,
     k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
@@ -226,56 +226,41 @@ def _consumer(
         if MANY:
             query = gl.minimum((local * (2 * PAIRS) + WG * PAIRS + row // BS) // R, T - 1)
             row_lo, row_hi = visible(query, reach_ptr, bg // G, T, S1, w1, HAS_DOCS)
-        slot = step % STAGES
-        phase = (step // STAGES) & 1
-        before = (step + STAGES - 1) % STAGES
         mbarrier.wait(u_full.index(WG), turn & 1)
-        mbarrier.wait(k_full.index(slot), phase)
-        token = warpgroup_mma(u, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), ((step + STAGES - 1) // STAGES + 1) & 1, pred=turn > 0)
-        acc_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[token])
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        mbarrier.arrive(u_empty.index(WG), count=1, pred=blocks == 1)
-        # blocks end at the last key: only the first can hold keys that a lone query does not see
-        if MANY:
-            s = hide(s, start + column, row_lo, row_hi, -float("inf"))
-        elif start < all_lo:
-            s = gl.where((start + column >= all_lo)[None, :], s, -float("inf"))
-        weights, new_top = _softmax(s, gl.full([64], -1.0e30, gl.float32, rows_s), scale_log2)
-        new_sum = gl.sum(weights, 1)
-        next_p = gl.convert_layout(weights.to(dtype), p_layout)
-        acc, p = warpgroup_mma_wait(0, deps=[acc_token, next_p])
-        mbarrier.arrive(v_empty.index(before), count=1, pred=turn > 0)
-        if turn > 0:
-            _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, turn - 1, WG)
-        if start < lo:
-            mbarrier.wait(v_full.index(slot), phase)
-            clear_before(v_smem.index(slot), start, lo, D, BN)
-        top = new_top
-        weight_sum = new_sum
-        acc = gl.zeros([64, D], gl.float32, o_layout)
-        step += 1
-        for n in range(1, blocks):
-            before = (step + STAGES - 1) % STAGES
+        for n in range(blocks):
             slot = step % STAGES
-            mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+            phase = (step // STAGES) & 1
+            before = (step + STAGES - 1) % STAGES
+            mbarrier.wait(k_full.index(slot), phase)
             token = warpgroup_mma(u, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(before), ((step + STAGES - 1) // STAGES + 1) & 1)
+            mbarrier.wait(v_full.index(before), ((step + STAGES - 1) // STAGES + 1) & 1, pred=step > 0)
             acc_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[token])
             mbarrier.arrive(k_empty.index(slot), count=1)
             mbarrier.arrive(u_empty.index(WG), count=1, pred=n == blocks - 1)
             if MANY:
                 s = hide(s, start + n * BN + column, row_lo, row_hi, -float("inf"))
-            weights, new_top = _softmax(s, top, scale_log2)
-            alpha = gl.exp2((top - new_top) * scale_log2)
-            weight_sum = weight_sum * alpha + gl.sum(weights, 1)
-            top = new_top
+            elif start + n * BN < all_lo:  # blocks end at the last key: only the first can hold keys out of sight
+                s = gl.where((start + n * BN + column >= all_lo)[None, :], s, -float("inf"))
+            old_top = gl.where(n == 0, -1.0e30, top)
+            new_top = gl.maximum(old_top, gl.max(s, 1))
+            alpha = gl.exp2((old_top - new_top) * scale_log2)
+            weights = gl.exp2(s * scale_log2 - (new_top * scale_log2)[:, None])
+            new_sum = gl.where(n == 0, 0.0, weight_sum) * alpha + gl.sum(weights, 1)
             next_p = gl.convert_layout(weights.to(dtype), p_layout)
             acc, p = warpgroup_mma_wait(0, deps=[acc_token, next_p])
-            mbarrier.arrive(v_empty.index(before), count=1)
-            acc = acc * gl.convert_layout(alpha, rows_o)[:, None]
+            mbarrier.arrive(v_empty.index(before), count=1, pred=step > 0)
+            if n == 0:
+                if turn > 0:
+                    _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, turn - 1, WG)
+                acc = gl.zeros([64, D], gl.float32, o_layout)
+                if start < lo:
+                    mbarrier.wait(v_full.index(slot), phase)
+                    clear_before(v_smem.index(slot), start, lo, D, BN)
+            else:
+                acc = acc * gl.convert_layout(alpha, rows_o)[:, None]
+            top = new_top
+            weight_sum = new_sum
             step += 1
         turn += 1
         local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
@@ -287,6 +272,7 @@ def _consumer(
 
 
 @gluon.jit
+@no_type_check
 def forward_kernel(
     k_desc, v_desc, q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, out_ptr, lse_ptr, reach_ptr,
     T, S1, S2, w1, w2, tiles, total, scale_log2, k2_bias, v2_bias,
@@ -367,30 +353,20 @@ def forward_kernel(
     )  # fmt: skip
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, qb: Tensor | None, k2b: Tensor | None,
-    w1: int, w2: int, scale: float, k2_bias: float, v2_bias: float, reach: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q (B, T, H, D), k, v (B, S1, G, D), k2, v2 (B, S2, G, D), contiguous, w2 <= 64, D 64 or 128; qb, k2b: see prepare."""
-    batch, steps, heads, dim = q.shape
-    s1, s2, groups = k.shape[1], k2.shape[1], k.shape[2]
-    per_group = heads // groups
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    block, stages, offsets = 128, 2, max(8, triton.next_power_of_2(w2))
+def launch(p: Problem, scale: float, reach: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output (B, T, H, D) and natural-log LSE (B, T, H). D 64 or 128, w2 <= 64, scale > 0."""
+    batch, steps, s1, s2, groups, per_group, dim = p.shape
+    out = torch.empty_like(p.q)
+    lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    (q, qb), (k2, k2b) = p.right(p.q), p.left(p.k2)
+    block, offsets = 128, next_power(p.w2, 8)
     pairs = 2 * (64 // offsets)
     tiles = triton.cdiv(steps * per_group, pairs)
     total = batch * groups * tiles
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([block, dim], dtype)
-    descriptors: list[Any] = [
-        TensorDescriptor.from_tensor(x.view(batch * s1, groups * dim), [block, dim], layout) for x in (k, v)
-    ]
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    forward_kernel[(min(total, processors),)](
-        *descriptors, q, q if qb is None else qb, k2, k2 if k2b is None else k2b, v2, out, lse,
-        lse if reach is None else reach, steps, s1, s2, w1, w2, tiles, total,
-        scale * 1.4426950408889634, k2_bias, v2_bias, R=per_group, G=groups, D=dim, BN=block, BS=offsets, STAGES=stages,
-        DETERMINANT=qb is not None, K2_BIAS=k2_bias != 0, HAS_DOCS=reach is not None, MANY=per_group % pairs != 0, num_warps=4,
+    forward_kernel[(min(total, processors(out.device)),)](
+        *key_descriptors(p, block), q, qb, k2, k2b, p.v2, out, lse, lse if reach is None else reach,
+        steps, s1, s2, p.w1, p.w2, tiles, total, scale * LOG2E, p.k2_bias, p.v2_bias,
+        R=per_group, G=groups, D=dim, BN=block, BS=offsets, STAGES=2, DETERMINANT=p.determinant,
+        K2_BIAS=p.k2_bias != 0, HAS_DOCS=reach is not None, MANY=per_group % pairs != 0, num_warps=4,
     )  # fmt: skip
     return out, lse

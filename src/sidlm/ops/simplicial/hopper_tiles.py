@@ -4,12 +4,21 @@ A tile is 2 x 64 rows (pair, offset s), a pair being a (query, head of the group
 query heads to key heads fills it. A program takes every n-th tile.
 """
 
+from functools import cache
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sidlm.ops.simplicial.prepare import Problem
 
 
 @gluon.jit
+@no_type_check
 def visible(query, reach_ptr, b, T, S, w, HAS_DOCS: gl.constexpr):
     """First and last visible row of an axis of length S with window w."""
     last = query + S - T
@@ -20,6 +29,7 @@ def visible(query, reach_ptr, b, T, S, w, HAS_DOCS: gl.constexpr):
 
 
 @gluon.jit
+@no_type_check
 def window(local, b, reach_ptr, T, S1, w1, R: gl.constexpr, PAIRS: gl.constexpr, HAS_DOCS: gl.constexpr):
     """First and last key of a tile, and the first key that all of its rows see."""
     first = local * (2 * PAIRS) // R
@@ -32,6 +42,7 @@ def window(local, b, reach_ptr, T, S1, w1, R: gl.constexpr, PAIRS: gl.constexpr,
 
 
 @gluon.jit
+@no_type_check
 def first_tile(tiles):
     """Tile of this program within its (batch, group), the (batch, group), and what takes both to the next tile."""
     programs = gl.num_programs(0)
@@ -39,6 +50,7 @@ def first_tile(tiles):
 
 
 @gluon.jit
+@no_type_check
 def next_tile(local, bg, tiles, local_stride, bg_stride):
     local += local_stride
     wrap = (local >= tiles).to(gl.int32)
@@ -46,6 +58,7 @@ def next_tile(local, bg, tiles, local_stride, bg_stride):
 
 
 @gluon.jit
+@no_type_check
 def stream_keys(
     k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, reach_ptr,
     T, S1, w1, tiles, total, R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr,
@@ -73,6 +86,7 @@ def stream_keys(
 
 
 @gluon.jit
+@no_type_check
 def clear_before(v, start, lo, D: gl.constexpr, BN: gl.constexpr):
     """Zero the rows of a block of values that lie before the window: 0 * NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -85,11 +99,13 @@ def clear_before(v, start, lo, D: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
+@no_type_check
 def hide(s, keys, row_lo, row_hi, hidden):
     return gl.where((keys[None, :] >= row_lo[:, None]) & (keys[None, :] <= row_hi[:, None]), s, hidden)
 
 
 @gluon.jit
+@no_type_check
 def load_pairs(
     ptr, first, b, group, T, R: gl.constexpr, G: gl.constexpr, BS: gl.constexpr, D: gl.constexpr, layout: gl.constexpr
 ):
@@ -103,6 +119,7 @@ def load_pairs(
 
 
 @gluon.jit
+@no_type_check
 def load_offsets(
     ptr, first, b, group, T, S2, R: gl.constexpr, G: gl.constexpr, BS: gl.constexpr, D: gl.constexpr,
     MANY: gl.constexpr, layout: gl.constexpr,
@@ -123,3 +140,20 @@ def load_offsets(
     m = gl.maximum(m + S2 - T, 0)
     start = ((b * S2).to(gl.int64) * G + group) * D
     return gl.load(ptr + start + (m * (G * D) + gl.expand_dims(gl.expand_dims(d, 0), 1)))
+
+
+def gluon_type(x: Tensor) -> Any:
+    return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def key_descriptors(p: Problem, block: int) -> list[Any]:
+    """TMA descriptors of k and v as (B * S1, G * D), `block` positions of one head at a time."""
+    batch, _, s1, _, groups, _, dim = p.shape
+    layout = gl.NVMMASharedLayout.get_default_for([block, dim], gluon_type(p.q))
+    rows = [x.view(batch * s1, groups * dim) for x in (p.k, p.v)]
+    return [TensorDescriptor.from_tensor(x, [block, dim], layout) for x in rows]

@@ -1,0 +1,57 @@
+"""2-simplicial attention on Hopper: the Gluon kernels where they can run, the portable ones for the rest.
+
+The Gluon kernels take head dimensions 64 and 128 and a shorter window of at most 64. The gradients of the keys and
+values of the determinant form are left to the portable kernel.
+"""
+
+from torch import Tensor, contiguous_format, empty, float32
+
+from sidlm.ops.simplicial import hopper_backward_keys, hopper_backward_queries, hopper_forward, portable, prepare
+from sidlm.ops.simplicial.triton_backward_keys import difference, key_gradients
+
+
+def takes(p: prepare.Problem, scale: float) -> bool:
+    """Whether the Gluon kernels can run this problem."""
+    return p.q.shape[-1] in (64, 128) and p.w2 <= 64 and scale > 0 and not p.wide and p.q.numel() > 0
+
+
+def _problem(*args) -> prepare.Problem:
+    """The bias of the determinant's virtual queries is written out: it would reach the zeros of the permuted copies."""
+    p = prepare.problem(*args)
+    return p._replace(k2=p.k2 + p.k2_bias, k2_bias=0.0) if p.determinant and p.k2_bias else p
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int, form: str, scale: float,
+    k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output (B, T, H, D) in q's dtype, contiguous, and natural-log LSE (B, T, H), float32."""
+    p = _problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
+    if not takes(p, scale):
+        return portable.forward(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
+    return hopper_forward.launch(p, scale, prepare.reach(doc_ids, q.shape[1]))
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, out: Tensor,
+    lse: Tensor, w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, k2, v2, each contiguous in its input's shape and dtype. The same bits every time."""
+    p = _problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
+    if not takes(p, scale):
+        settings = (w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
+        return portable.backward(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *settings)
+    grad_out, grad_lse, out, lse = (x.contiguous() for x in (grad_out, grad_lse, out, lse))
+    delta = empty(lse.shape, dtype=float32, device=lse.device)
+    portable.plan_delta(grad_out, grad_lse, out, delta).run()
+    reach = prepare.reach(doc_ids, q.shape[1])
+    dq = hopper_backward_queries.launch(p, scale, grad_out, lse, delta, reach)
+    if p.determinant:
+        dq = difference(p, list(dq)).to(q.dtype)
+        grads = key_gradients(p, scale, doc_ids, grad_out, lse, delta, prepare.target(q.device))
+    else:
+        (dq,) = dq
+        last = None if doc_ids is None else prepare.extents(doc_ids, q.shape[1])[1][:, -p.k2.shape[1] :].contiguous()
+        grads = hopper_backward_keys.launch(p, scale, grad_out, lse, delta, reach, last)
+    dk, dv, dk2, dv2 = (x.to(q.dtype, memory_format=contiguous_format) for x in grads)
+    return (dq, dk2, dv2, dk, dv) if p.swapped else (dq, dk, dv, dk2, dv2)
