@@ -6,13 +6,18 @@ values of the determinant form are left to the portable kernel.
 
 from torch import Tensor, contiguous_format, empty, float32
 
-from sidlm.ops.simplicial import hopper_backward_keys, hopper_backward_queries, hopper_forward, portable, prepare
+from sidlm.ops.simplicial import hopper_backward_keys, hopper_backward_queries, hopper_forward, hopper_tiles, portable, prepare
 from sidlm.ops.simplicial.triton_backward_keys import difference, key_gradients
 
 
-def takes(p: prepare.Problem, scale: float) -> bool:
-    """Whether the Gluon kernels can run this problem."""
-    return p.q.shape[-1] in (64, 128) and p.w2 <= 64 and scale > 0 and not p.wide and p.q.numel() > 0
+def takes(p: prepare.Problem, scale: float, doc_ids: Tensor | None) -> bool:
+    """Whether the Gluon kernels can run this problem.
+
+    A tile of rows that spans queries may span documents, and would multiply the NaN of one by the zeros of another.
+    """
+    if p.q.shape[-1] not in (64, 128) or p.w2 > 64 or scale <= 0 or p.wide or p.q.numel() == 0:
+        return False
+    return doc_ids is None or p.shape[5] % hopper_tiles.pairs_of_tile(p.w2) == 0
 
 
 def _problem(*args) -> prepare.Problem:
@@ -27,7 +32,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, T, H, D) in q's dtype, contiguous, and natural-log LSE (B, T, H), float32."""
     p = _problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
-    if not takes(p, scale):
+    if not takes(p, scale, doc_ids):
         return portable.forward(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
     return hopper_forward.launch(p, scale, prepare.reach(doc_ids, q.shape[1]))
 
@@ -38,7 +43,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, k2, v2, each contiguous in its input's shape and dtype. The same bits every time."""
     p = _problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
-    if not takes(p, scale):
+    if not takes(p, scale, doc_ids):
         settings = (w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
         return portable.backward(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *settings)
     grad_out, grad_lse, out, lse = (x.contiguous() for x in (grad_out, grad_lse, out, lse))

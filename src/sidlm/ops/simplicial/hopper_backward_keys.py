@@ -33,15 +33,15 @@ from sidlm.ops.simplicial.prepare import LOG2E, Problem
 
 @gluon.jit
 @no_type_check
-def _job(S1, S2, T, w1, w2, MC, slots):
-    """This program's first key j (row of k), and its range of m (rows of k2). T, the last query, is at both ends."""
+def _job(S1, S2, w1, w2, MC, slots):
+    """This program's first key j (row of k), and its range of m (rows of k2)."""
     block = gl.program_id(0) // slots
     j = block * 64
     shift = S2 - S1
     first = gl.maximum(j + shift - w2 + 1, 0)
     end = gl.minimum(j + shift + 64 + w1 - 1, S2)
     chunk = first // MC + gl.program_id(0) % slots
-    return j, gl.maximum(first - first % 2, chunk * MC), gl.minimum(end, chunk * MC + MC)
+    return j, gl.maximum(first, chunk * MC), gl.minimum(end, chunk * MC + MC)
 
 
 @gluon.jit
@@ -61,16 +61,17 @@ def _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS: gl.constexpr):
 
 @gluon.jit
 @no_type_check
-def _pass(m, j, last_ptr, b, T, S1, S2, w1, w2, R: gl.constexpr, HAS_DOCS: gl.constexpr):
+def _pass(m, end, j, last_ptr, b, T, S1, S2, w1, w2, R: gl.constexpr, HAS_DOCS: gl.constexpr):
     """What one pass of the loop takes: 1 or 2 positions m, their queries, the first row and the number of tiles.
 
     Positions of two documents never share a pass. Rows start at a multiple of four, as copies of the LSE must.
     """
     lo, hi = _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
     count = 2
-    if HAS_DOCS:
-        if gl.load(last_ptr + b * S2 + m) <= m - (S2 - T):
-            count = 1
+    if m + 1 >= end:
+        count = 1
+    if HAS_DOCS and gl.load(last_ptr + b * S2 + m) <= m - (S2 - T):
+        count = 1
     if count == 2:
         lo2, hi2 = _rows(m + 1, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
         if lo > hi:
@@ -87,11 +88,11 @@ def _producer(
     T, S1, S2, w1, w2, MC, slots, pitch,
     R: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
-    j, m, end = _job(S1, S2, T, w1, w2, MC, slots)
+    j, m, end = _job(S1, S2, w1, w2, MC, slots)
     bg = gl.program_id(1)
     step = 0
     while m < end:
-        count, _lo, _hi, row, tiles = _pass(m, j, last_ptr, bg // G, T, S1, S2, w1, w2, R, HAS_DOCS)
+        count, _lo, _hi, row, tiles = _pass(m, end, j, last_ptr, bg // G, T, S1, S2, w1, w2, R, HAS_DOCS)
         for n in range(tiles):
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
@@ -148,7 +149,7 @@ def _consumer(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     bg = gl.program_id(1)
     b = bg // G
-    j, m, end = _job(S1, S2, T, w1, w2, MC, slots)
+    j, m, end = _job(S1, S2, w1, w2, MC, slots)
     kappa = pair_smem.index(2 * WG)
     nu = pair_smem.index(2 * WG + 1)
     scratch = kappa._reinterpret(gl.float32, [32, D], plain).slice(0, 4, dim=0)
@@ -165,7 +166,7 @@ def _consumer(
     while m < end:
         mine = m + WG
         t = mine - (S2 - T)
-        count, all_lo, all_hi, row, tiles = _pass(m, j, last_ptr, b, T, S1, S2, w1, w2, R, HAS_DOCS)
+        count, all_lo, all_hi, row, tiles = _pass(m, end, j, last_ptr, b, T, S1, S2, w1, w2, R, HAS_DOCS)
         lo, hi = _rows(mine, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
         if count <= WG:
             hi = lo - 1
@@ -272,7 +273,7 @@ def backward_keys_kernel(
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
-    j, _m, _end = _job(S1, S2, T, w1, w2, MC, slots)
+    j, _m, _end = _job(S1, S2, w1, w2, MC, slots)
     bg = gl.program_id(1)
     keys = j + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))

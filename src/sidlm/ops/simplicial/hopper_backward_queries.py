@@ -27,6 +27,7 @@ from sidlm.ops.simplicial.hopper_tiles import (
     load_offsets,
     load_pairs,
     next_tile,
+    pairs_of_tile,
     processors,
     stream_keys,
     visible,
@@ -337,7 +338,7 @@ def launch(
     batch, steps, s1, s2, groups, per_group, dim = p.shape
     (q, qb), (k2, k2b) = p.right(p.q), p.left(p.k2)
     block, offsets = 64, next_power(p.w2, 8)
-    pairs = 2 * (64 // offsets)
+    pairs = pairs_of_tile(p.w2)
     tiles = triton.cdiv(steps * per_group, pairs)
     total = batch * groups * tiles
     dqs = [torch.empty_like(p.q, dtype=torch.float32 if p.determinant else None) for _ in range(1 + p.determinant)]

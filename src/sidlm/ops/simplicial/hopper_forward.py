@@ -32,6 +32,7 @@ from sidlm.ops.simplicial.hopper_tiles import (
     load_offsets,
     load_pairs,
     next_tile,
+    pairs_of_tile,
     processors,
     stream_keys,
     visible,
@@ -360,7 +361,7 @@ def launch(p: Problem, scale: float, reach: Tensor | None) -> tuple[Tensor, Tens
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     (q, qb), (k2, k2b) = p.right(p.q), p.left(p.k2)
     block, offsets = 128, next_power(p.w2, 8)
-    pairs = 2 * (64 // offsets)
+    pairs = pairs_of_tile(p.w2)
     tiles = triton.cdiv(steps * per_group, pairs)
     total = batch * groups * tiles
     forward_kernel[(min(total, processors(out.device)),)](

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sidlm.ops.simplicial.prepare import Problem
+from sidlm.ops.simplicial.prepare import Problem, next_power
 
 
 @gluon.jit
@@ -144,6 +144,11 @@ def load_offsets(
 
 def gluon_type(x: Tensor) -> Any:
     return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+
+
+def pairs_of_tile(w2: int) -> int:
+    """Pairs (query, head) of a tile of 128 rows: offsets are padded to a power of two, at least 8."""
+    return 128 // next_power(w2, 8)
 
 
 @cache
