@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 
+import pytest
 import torch
 
 from sidlm import ops
 from sidlm.cli import doctor
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """As on a user's machine: in Triton's interpreter, which other tests have, a check takes a quarter of a minute."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 def test_every_op_of_the_table_is_checked_and_right(sid):
@@ -24,6 +32,22 @@ def test_every_op_of_the_table_is_checked_and_right(sid):
             assert 0 <= row["error"] <= row["tolerance"] < 1e-4
         else:
             assert row["reason"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_implementations_of_simplicial_say_why(dtype):
+    """The kernels come with the reason that they do not run on a CPU, the others with what they are used for."""
+    rows = [row for row in doctor.check_ops(torch.device("cpu"), dtype) if row["op"] == "simplicial"]
+    reasons = {row["impl"]: (row["usable"], row["reason"]) for row in rows}
+    assert reasons.pop("eager") == (True, "default") and reasons.pop("reference") == (True, "on request")
+    if importlib.util.find_spec("triton") is None:
+        cuda = compute = "triton is not installed"
+    else:
+        cuda = "needs a CUDA device, not cpu (or triton's interpreter, TRITON_INTERPRET=1)"
+        compute = "needs a GPU of compute capability 9.0"
+        if dtype == torch.float32:
+            compute = "the kernels take bfloat16 and float16, not torch.float32"
+    assert reasons == {"triton": (False, cuda), "hopper": (False, compute)}
 
 
 def test_tables_for_people(sid):

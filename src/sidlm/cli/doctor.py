@@ -172,7 +172,7 @@ def _show(facts: dict[str, Any], rows: list[dict[str, Any]], dtype: Any) -> None
     table = Table(title=f"operations in {dtype}", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
     for title in ("op", "impl", "usable", "check", "error", "allowed"):
         table.add_column(title, no_wrap=True)
-    table.add_column("why")
+    table.add_column("why", overflow="fold")
     for row in rows:
         verdict = {None: "not run", True: "ok", False: "[red]FAILED[/red]"}[row["ok"]]
         measured = [f"{row[key]:.1e}" if row[key] is not None else "" for key in ("error", "tolerance")]

@@ -9,6 +9,7 @@ from sidlm import ops
 from sidlm.nn.linear import residual_linear
 from sidlm.nn.norm import RMSNorm
 from sidlm.nn.rotary import Positions
+from sidlm.ops import dispatch
 
 POSITIONS = ("none", "rope", "rotation")
 DECODED_AT_ONCE = 16
@@ -118,11 +119,14 @@ class SimplicialAttention(nn.Module):
 def _wants_rings(new_keys: Tensor) -> bool:
     """Whether these keys (B, G, T, D) behind a cache are a step of decoding from ring buffers.
 
-    On a CPU the rows in order cost less: there the rings would be put in order first. A compiled graph would depend on
+    Without the kernel the rows in order cost less: the rings would be put in order first. A compiled graph would depend on
     the slot that is written to.
     """
     few = new_keys.shape[2] <= DECODED_AT_ONCE
-    return few and new_keys.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not few or not new_keys.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    impls = ops.IMPLEMENTATIONS["simplicial_decode"]
+    return dispatch.choose("simplicial_decode", impls, None, new_keys.device, new_keys.dtype) == "triton"
 
 
 def check_position(position: str, form: str, k2_bias: float) -> None:

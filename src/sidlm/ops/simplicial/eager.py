@@ -259,7 +259,8 @@ def backward(
         d_k, d_v, d_k2, d_v2 = d_k2, d_v2, d_k, d_v
 
     def ungrouped(x: Tensor, like: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, p.groups)).transpose(1, 2).to(like.dtype).contiguous()
+        x = x.unflatten(0, (-1, p.groups)).transpose(1, 2).to(like.dtype).contiguous()
+        return x.clone() if x.storage_offset() else x  # not a view of its padded self: torch.compile expects none
 
     d_q = _heads_last(d_q * scale, p).to(q.dtype)
     return d_q, ungrouped(d_k, k), ungrouped(d_v, v), ungrouped(d_k2, k2), ungrouped(d_v2, v2)

@@ -4,9 +4,17 @@ The Gluon kernels take head dimensions 64 and 128 and a shorter window of at mos
 values of the determinant form are left to the portable kernel.
 """
 
-from torch import Tensor, contiguous_format, empty, float32
+import torch
+from torch import Tensor
 
-from sidlm.ops.simplicial import hopper_backward_keys, hopper_backward_queries, hopper_forward, hopper_tiles, portable, prepare
+from sidlm.ops.simplicial import (
+    hopper_backward_keys,
+    hopper_backward_queries,
+    hopper_forward,
+    hopper_tiles,
+    portable,
+    prepare,
+)
 from sidlm.ops.simplicial.triton_backward_keys import difference, key_gradients
 
 
@@ -47,7 +55,7 @@ def backward(
         settings = (w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
         return portable.backward(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *settings)
     grad_out, grad_lse, out, lse = (x.contiguous() for x in (grad_out, grad_lse, out, lse))
-    delta = empty(lse.shape, dtype=float32, device=lse.device)
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
     portable.plan_delta(grad_out, grad_lse, out, delta).run()
     reach = prepare.reach(doc_ids, q.shape[1])
     dq = hopper_backward_queries.launch(p, scale, grad_out, lse, delta, reach)
@@ -56,7 +64,10 @@ def backward(
         grads = key_gradients(p, scale, doc_ids, grad_out, lse, delta, prepare.target(q.device))
     else:
         (dq,) = dq
-        last = None if doc_ids is None else prepare.extents(doc_ids, q.shape[1])[1][:, -p.k2.shape[1] :].contiguous()
+        last = None
+        if doc_ids is not None:
+            first, last = (x[:, -p.k2.shape[1] :] for x in prepare.extents(doc_ids, q.shape[1]))
+            last = torch.stack((last, first))
         grads = hopper_backward_keys.launch(p, scale, grad_out, lse, delta, reach, last)
-    dk, dv, dk2, dv2 = (x.to(q.dtype, memory_format=contiguous_format) for x in grads)
+    dk, dv, dk2, dv2 = (x.to(q.dtype, memory_format=torch.contiguous_format) for x in grads)
     return (dq, dk2, dv2, dk, dv) if p.swapped else (dq, dk, dv, dk2, dv2)

@@ -11,10 +11,9 @@ transposed, (pairs, rows), so that both weights are operands from registers. Par
 block writes and are added in a fixed order: the same bits every time.
 """
 
-from typing import Any, no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,8 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sidlm.ops.simplicial.hopper_tiles import gluon_type, processors
-from sidlm.ops.simplicial.prepare import LOG2E, Problem
+from sidlm.ops.simplicial.hopper_tiles import descriptor, processors, thread_barrier
+from sidlm.ops.simplicial.prepare import LOG2E, Launch, Problem, next_power
 
 
 @gluon.jit
@@ -109,11 +108,11 @@ def _producer(
 
 @gluon.jit
 @no_type_check
-def _fold(d_pair, pair_row, kept, sums, scratch, out_ptr, D: gl.constexpr, o_layout: gl.constexpr):
-    """sums[j] += d_pair[j] o (row of m); out[:] = sum_j d_pair[j] o kept[j]. Zero times NaN is zero here."""
-    sums.store(sums.load(o_layout) + d_pair * pair_row[None, :])
-    product = d_pair * kept.load(o_layout).to(gl.float32)
-    product = gl.where(d_pair == 0.0, 0.0, product)
+def _fold(d_pair, same, pair_row, kept, sums, scratch, out_ptr, D: gl.constexpr, o_layout: gl.constexpr):
+    """sums[j] += d_pair[j] o (row of m); out[:] = sum_j d_pair[j] o kept[j], over the keys of the document of m."""
+    product = gl.where(same, d_pair * pair_row[None, :], 0.0)
+    sums.store(sums.load(o_layout) + product)
+    product = gl.where(same, d_pair * kept.load(o_layout).to(gl.float32), 0.0)
     scratch.store(gl.sum(gl.reshape(product, [4, 16, D]), 1))  # over the rows of each warp
     column: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [0, 1])
     total = gl.sum(scratch.load(column), 0)
@@ -160,6 +159,7 @@ def _consumer(
     jt = j - (S1 - T) + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
     d_wide = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
     d_o = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+    keys_o = j + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
     block = gl.program_id(0) // slots
     step = 0
     turn = 0
@@ -178,7 +178,7 @@ def _consumer(
         fence_async_shared()
         d_kappa = gl.zeros([64, D], gl.float32, o_layout)
         d_nu = gl.zeros([64, D], gl.float32, o_layout)
-        gl.thread_barrier()
+        thread_barrier()
         for n in range(tiles):
             slot = step % STAGES
             first = (row + n * 64) // R
@@ -187,12 +187,12 @@ def _consumer(
             if (last >= lo) & (first <= hi):
                 q = q_smem.index(slot)
                 d_out = do_smem.index(slot)
-                if R % 64 != 0:
+                if R % 64 != 0:  # noqa: SIM102 (a constant: not compiled otherwise)
                     if (first < all_lo) | (last > all_hi):  # rows of another document, or none: 0 * NaN is NaN
                         _clear_outside(q, row + n * 64, all_lo * R, (all_hi + 1) * R, D)
                         _clear_outside(d_out, row + n * 64, all_lo * R, (all_hi + 1) * R, D)
                         fence_async_shared()
-                        gl.thread_barrier()
+                        thread_barrier()
                 s_token = warpgroup_mma(kappa, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 dp_token = warpgroup_mma(nu, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
                 lse = lse_smem.index(slot).load(columns)
@@ -228,22 +228,27 @@ def _consumer(
         mbarrier.wait(turns.index(1 - WG), (turn & 1) ^ (1 - WG))
         if lo <= hi:
             home = (((block - gl.maximum(mine - (S2 - S1) - w1 + 1, 0) // 64) * BG + bg).to(gl.int64) * S2 + mine) * D
+            same = keys_o < S1
+            if HAS_DOCS:  # the products with NaN of another document were with zeros
+                jt_o = keys_o - (S1 - T)
+                begin = gl.load(last_ptr + (BG // G + b) * S2 + mine)
+                same = (jt_o >= begin) & (jt_o <= gl.load(last_ptr + b * S2 + mine))
+            same = same[:, None]
             k2_o = gl.load(k2_ptr + at + d_o).to(gl.float32) + k2_bias
-            _fold(d_kappa, k2_o, k_kept, sums_smem.index(0), scratch, dk2_ptr + home, D, o_layout)
+            _fold(d_kappa, same, k2_o, k_kept, sums_smem.index(0), scratch, dk2_ptr + home, D, o_layout)
             v2_o = gl.load(v2_ptr + at + d_o).to(gl.float32) + v2_bias
-            _fold(d_nu, v2_o, v_kept, sums_smem.index(1), scratch, dv2_ptr + home, D, o_layout)
+            _fold(d_nu, same, v2_o, v_kept, sums_smem.index(1), scratch, dv2_ptr + home, D, o_layout)
         mbarrier.arrive(turns.index(WG), count=1)
         turn += 1
         m += count
     if WG == 0:  # the other's last turn comes after this one's
         mbarrier.wait(turns.index(1), (turn & 1) ^ 1)
     total = sums_smem.index(WG).load(o_layout)
-    keys = j + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
-    home = (((gl.program_id(0) % slots) * BG + bg).to(gl.int64) * S1 + keys)[:, None] * D + d_o[None, :]
+    home = (((gl.program_id(0) % slots) * BG + bg).to(gl.int64) * S1 + keys_o)[:, None] * D + d_o[None, :]
     if WG == 0:
-        gl.store(dk_ptr + home, total, mask=keys[:, None] < S1)
+        gl.store(dk_ptr + home, total, mask=keys_o[:, None] < S1)
     else:
-        gl.store(dv_ptr + home, total, mask=keys[:, None] < S1)
+        gl.store(dv_ptr + home, total, mask=keys_o[:, None] < S1)
 
 
 @gluon.jit
@@ -283,7 +288,7 @@ def backward_keys_kernel(
     sums_smem.index(0).store(gl.zeros([64, D], gl.float32, wide))
     sums_smem.index(1).store(gl.zeros([64, D], gl.float32, wide))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     gl.warp_specialize(
         [
             (
@@ -317,16 +322,43 @@ def backward_keys_kernel(
     )  # fmt: skip
 
 
-def launch(
-    p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None, last: Tensor | None
-) -> list[Tensor]:
-    """dk, dv (B, S1, G, D) and dk2, dv2 (B, S2, G, D), float32, for the trilinear form.
+class Shares(NamedTuple):
+    """How the work is cut, and what that takes in slots."""
 
-    reach (B, T), last (B, S2): how far back a query sees, and the last query of each second key's document.
+    blocks: int  # of 64 keys
+    chunk: int  # positions m of a program
+    slots: int  # programs that share a block of keys
+    slots2: int  # blocks of keys that meet a position m
+
+
+def cut(p: Problem) -> Shares:
+    """Chunks of m: few (each costs memory), but eight programs a processor if the work gives them."""
+    batch, _, s1, _, groups, _, _ = p.shape
+    blocks = -(-s1 // 64)
+    span = 64 + p.w1 + p.w2 - 2  # positions m that meet a block of keys
+    wanted = max(1, -(-8 * processors(p.q.device) // (blocks * batch * groups)))
+    chunk = next_power(-(-span // wanted), 8)
+    return Shares(blocks, chunk, -(-(span - 1) // chunk) + 1, -(-(p.w1 + p.w2 - 2) // 64) + 1)
+
+
+def partial_sums(p: Problem, cut: Shares) -> list[Tensor]:
+    """Room for the shares of dk, dv (slots, B * G, S1, D) and of dk2, dv2 (slots2, B * G, S2, D), float32.
+
+    A program writes all of its shares of the first two, but of the others only the m that some query sees.
     """
+    batch, _, s1, s2, groups, _, dim = p.shape
+    like = {"dtype": torch.float32, "device": p.q.device}
+    one = [torch.empty(cut.slots, batch * groups, s1, dim, **like) for _ in range(2)]
+    return one + [torch.zeros(cut.slots2, batch * groups, s2, dim, **like) for _ in range(2)]
+
+
+def plan(
+    p: Problem, cut: Shares, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None,
+    last: Tensor | None, sums: list[Tensor],
+) -> Launch:  # fmt: skip
+    """The launch that gives the shares; the tensors may be on the meta device if it is only to be compiled."""
     batch, steps, s1, s2, groups, per_group, dim = p.shape
-    w1, w2 = p.w1, p.w2
-    pitch = triton.cdiv(steps * per_group, 4) * 4
+    pitch = -(-steps * per_group // 4) * 4
 
     def rows(x: Tensor) -> Tensor:
         """(B, T, H, ...) -> (B * G * pitch, ...): the rows of a group of heads follow one another."""
@@ -335,29 +367,36 @@ def launch(
             x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, pitch - x.shape[1]))
         return x.flatten(0, 1).contiguous()
 
-    layout = gl.NVMMASharedLayout.get_default_for([64, dim], gluon_type(p.q))
     line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     lse2 = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E)
-    descriptors: list[Any] = [TensorDescriptor.from_tensor(rows(x), [64, dim], layout) for x in (p.q, grad_out)]
-    descriptors += [TensorDescriptor.from_tensor(rows(x), [64], line) for x in (lse2, delta)]
+    q, d_out = (descriptor(rows(x), 64, dim) for x in (p.q, grad_out))
+    lse2, delta_rows = (TensorDescriptor.from_tensor(rows(x), [64], line) for x in (lse2, delta))
+    args = {
+        "q_desc": q, "do_desc": d_out, "lse_desc": lse2, "delta_desc": delta_rows,
+        "k_ptr": p.k, "v_ptr": p.v, "k2_ptr": p.k2, "v2_ptr": p.v2,
+        **dict(zip(("dk_ptr", "dv_ptr", "dk2_ptr", "dv2_ptr"), sums, strict=True)),
+        "reach_ptr": lse if reach is None else reach, "last_ptr": lse if last is None else last,
+        "T": steps, "S1": s1, "S2": s2, "w1": p.w1, "w2": p.w2, "MC": cut.chunk, "slots": cut.slots, "pitch": pitch,
+        "BG": batch * groups, "scale_log2": scale * LOG2E, "k2_bias": p.k2_bias, "v2_bias": p.v2_bias,
+    }  # fmt: skip
+    constants = {"R": per_group, "G": groups, "D": dim, "STAGES": 2, "HAS_DOCS": reach is not None}
+    return Launch(backward_keys_kernel, (cut.blocks * cut.slots, batch * groups), args, constants, num_warps=4)
 
-    blocks = triton.cdiv(s1, 64)
-    span = 64 + w1 + w2 - 2  # positions m that meet a block of keys
-    wanted = max(1, triton.cdiv(8 * processors(lse.device), blocks * batch * groups))
-    chunk = max(8, triton.next_power_of_2(triton.cdiv(span, wanted)))
-    slots = triton.cdiv(span - 1, chunk) + 1
-    slots2 = triton.cdiv(w1 + w2 - 2, 64) + 1
-    bg = batch * groups
-    dk, dv = (torch.empty(slots, bg, s1, dim, dtype=torch.float32, device=lse.device) for _ in range(2))
-    dk2, dv2 = (torch.zeros(slots2, bg, s2, dim, dtype=torch.float32, device=lse.device) for _ in range(2))
-    backward_keys_kernel[(blocks * slots, bg)](
-        *descriptors, p.k, p.v, p.k2, p.v2, dk, dv, dk2, dv2, lse if reach is None else reach, lse if last is None else last,
-        steps, s1, s2, w1, w2, chunk, slots, pitch, bg, scale * LOG2E, p.k2_bias, p.v2_bias,
-        R=per_group, G=groups, D=dim, STAGES=2, HAS_DOCS=reach is not None, num_warps=4,
-    )  # fmt: skip
+
+def launch(
+    p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None, last: Tensor | None
+) -> list[Tensor]:
+    """dk, dv (B, S1, G, D) and dk2, dv2 (B, S2, G, D), float32, for the trilinear form.
+
+    reach (B, T), last (B, S2): how far back a query sees, and the last query of each second key's document.
+    """
+    batch, groups = p.q.shape[0], p.k.shape[2]
+    shares = cut(p)
+    sums = partial_sums(p, shares)
+    plan(p, shares, scale, grad_out, lse, delta, reach, last, sums).run()
 
     def home(x: Tensor, factor: float) -> Tensor:
         """Sum over slots, (B, S, G, D)."""
         return (x.sum(0) * factor).unflatten(0, (batch, groups)).transpose(1, 2)
 
-    return [home(dk, scale), home(dv, 1.0), home(dk2, scale), home(dv2, 1.0)]
+    return [home(x, factor) for x, factor in zip(sums, (scale, 1.0, scale, 1.0), strict=True)]

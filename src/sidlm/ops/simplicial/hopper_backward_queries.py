@@ -8,7 +8,6 @@ shared between programs: the same bits every time.
 from typing import no_type_check
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,17 +22,16 @@ from sidlm.ops.simplicial.hopper_tiles import (
     clear_before,
     first_tile,
     hide,
-    key_descriptors,
     load_offsets,
     load_pairs,
     next_tile,
-    pairs_of_tile,
     processors,
     stream_keys,
+    tile_arguments,
     visible,
     window,
 )
-from sidlm.ops.simplicial.prepare import LOG2E, Problem, next_power
+from sidlm.ops.simplicial.prepare import Launch, Problem
 
 
 @gluon.jit
@@ -331,21 +329,26 @@ def backward_queries_kernel(
     )  # fmt: skip
 
 
+def plan(
+    p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None, dqs: list[Tensor]
+) -> Launch:
+    """The launch that fills `outputs(p)`; the tensors may be on the meta device if it is only to be compiled."""
+    args, constants = tile_arguments(p, scale, reach, lse, block=64, stages=3)
+    args |= {"do_ptr": grad_out, "lse_ptr": lse, "delta_ptr": delta, "dq_ptr": dqs[0], "dqb_ptr": dqs[-1]}
+    args["scale"] = scale
+    grid = min(args["total"], processors(grad_out.device))
+    return Launch(backward_queries_kernel, grid, args, constants, num_warps=4)
+
+
+def outputs(p: Problem) -> list[Tensor]:
+    """Room for what `launch` returns."""
+    return [torch.empty_like(p.q, dtype=torch.float32 if p.determinant else None) for _ in range(1 + p.determinant)]
+
+
 def launch(
     p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None
 ) -> tuple[Tensor, ...]:
     """dq in q's dtype; for the determinant the two float32 sums of `prepare.Problem.rotations`."""
-    batch, steps, s1, s2, groups, per_group, dim = p.shape
-    (q, qb), (k2, k2b) = p.right(p.q), p.left(p.k2)
-    block, offsets = 64, next_power(p.w2, 8)
-    pairs = pairs_of_tile(p.w2)
-    tiles = triton.cdiv(steps * per_group, pairs)
-    total = batch * groups * tiles
-    dqs = [torch.empty_like(p.q, dtype=torch.float32 if p.determinant else None) for _ in range(1 + p.determinant)]
-    backward_queries_kernel[(min(total, processors(q.device)),)](
-        *key_descriptors(p, block), q, qb, k2, k2b, p.v2, grad_out, lse, delta, dqs[0], dqs[-1],
-        lse if reach is None else reach, steps, s1, s2, p.w1, p.w2, tiles, total,
-        scale * LOG2E, scale, p.k2_bias, p.v2_bias, R=per_group, G=groups, D=dim, BN=block, BS=offsets,
-        STAGES=3, DETERMINANT=p.determinant, HAS_DOCS=reach is not None, MANY=per_group % pairs != 0, num_warps=4,
-    )  # fmt: skip
+    dqs = outputs(p)
+    plan(p, scale, grad_out, lse, delta, reach, dqs).run()
     return tuple(dqs)

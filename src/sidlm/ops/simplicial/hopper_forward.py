@@ -2,10 +2,10 @@
 
 One block of threads owns an SM and walks over tiles of 128 rows (query, head, offset s). One warp streams the keys and
 values of the tile's window through shared memory by TMA, 128 positions at a time; two warpgroups of 64 rows each form
-their virtual queries ``u = q o k2`` and run the loop of flash attention on them, the scores of block n + 1 issued before
-the values of block n, so that the tensor cores work through one group's softmax on the other's products. At the end of
-a tile the rows of one (query, head) are merged: a joint softmax over s, times v2. README.md has the derivation and the
-measurements.
+their virtual queries ``u = q o k2`` and run the loop of flash attention on them, the scores of block n + 1 issued
+before the values of block n, so that the tensor cores work through one group's softmax on the other's products. At the
+end of a tile the rows of one (query, head) are merged: a joint softmax over s, times v2. README.md has the derivation
+and the measurements.
 
 Rows are packed in the order (query, head of the group, offset): any ratio of query heads to key heads fills the tile.
 """
@@ -13,7 +13,6 @@ Rows are packed in the order (query, head of the group, offset): any ratio of qu
 from typing import no_type_check
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,17 +27,16 @@ from sidlm.ops.simplicial.hopper_tiles import (
     clear_before,
     first_tile,
     hide,
-    key_descriptors,
     load_offsets,
     load_pairs,
     next_tile,
-    pairs_of_tile,
     processors,
     stream_keys,
+    tile_arguments,
     visible,
     window,
 )
-from sidlm.ops.simplicial.prepare import LOG2E, Problem, next_power
+from sidlm.ops.simplicial.prepare import Launch, Problem
 
 
 @gluon.jit
@@ -84,11 +82,9 @@ def _form(
     q_second = load_pairs(q_ptr, second, b, bg % G, T, R, G, BS, D, layout)
     k2b = k2
     qb = q
-    qb_second = q_second
     if DETERMINANT:
         k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
         qb = load_pairs(qb_ptr, first, b, bg % G, T, R, G, BS, D, layout)
-        qb_second = load_pairs(qb_ptr, second, b, bg % G, T, R, G, BS, D, layout)
     _combine(u_smem.index(0), u_full.index(0), u_empty.index(0), step, q, qb, k2, k2b, k2_bias,
              D, BS, DETERMINANT, K2_BIAS)  # fmt: skip
     if MANY:
@@ -96,6 +92,10 @@ def _form(
         k2b = k2
         if DETERMINANT:
             k2b = load_offsets(k2b_ptr, second, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
+    qb_second = q_second
+    if DETERMINANT:  # not earlier: registers are short
+        q_second = load_pairs(q_ptr, second, b, bg % G, T, R, G, BS, D, layout)
+        qb_second = load_pairs(qb_ptr, second, b, bg % G, T, R, G, BS, D, layout)
     _combine(u_smem.index(1), u_full.index(1), u_empty.index(1), step, q_second, qb_second, k2, k2b, k2_bias,
              D, BS, DETERMINANT, K2_BIAS)  # fmt: skip
 
@@ -158,7 +158,7 @@ def _merge(
         top = gl.where(seen, tops.index(wg).load(flat), -1.0e30)
         joint = gl.max(top, 1)
         weight = gl.where(seen, gl.exp2((top - joint[:, None]) * scale_log2), 0.0)
-        sums = gl.sum(weight * sums_in.index(wg).load(flat), 1)
+        sums = gl.sum(gl.where(seen, weight * sums_in.index(wg).load(flat), 0.0), 1)
         some = sums > 0
         weight = weight * gl.where(some, 1.0 / sums, 0.0)[:, None]
         lse = gl.where(some, (joint * scale_log2 + gl.log2(sums)) * LN2, -float("inf"))
@@ -175,7 +175,8 @@ def _merge(
                 )
             value = v2.to(gl.float32) + v2_bias
             w = weights.index(wg * PAIRS + i).load(gl.SliceLayout(1, wide))
-            out = gl.sum(parts.index(wg * PAIRS + i).load(wide) * value * w[:, None], 0)
+            product = parts.index(wg * PAIRS + i).load(wide) * value * w[:, None]
+            out = gl.sum(gl.where((m >= m_lo)[:, None], product, 0.0), 0)  # rows out of sight may be NaN
             at = (b * T + query).to(gl.int64) * (R * G) + (bg % G) * R + (first + i) % R
             gl.store(out_ptr + at * D + d, out.to(out_ptr.dtype.element_ty), mask=(first + i < T * R) & (d < D))
         mbarrier.arrive(z_empty.index(wg), count=1)
@@ -197,10 +198,10 @@ def _consumer(
     k_smem, v_smem, u_smem, z_smem, top_smem, sum_smem,
     k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
     T, S1, w1, tiles, total, scale_log2,
-    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
-    MANY: gl.constexpr, WG: gl.constexpr,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_DOCS: gl.constexpr, MANY: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
-    """Flash attention of 64 virtual queries a tile; the first scores of a tile beside the last values of the one before."""
+    """Flash attention of 64 virtual queries a tile; its first scores beside the last values of the tile before."""
     dtype: gl.constexpr = k_smem.dtype
     PAIRS: gl.constexpr = 64 // BS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -277,8 +278,8 @@ def _consumer(
 def forward_kernel(
     k_desc, v_desc, q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, out_ptr, lse_ptr, reach_ptr,
     T, S1, S2, w1, w2, tiles, total, scale_log2, k2_bias, v2_bias,
-    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr, DETERMINANT: gl.constexpr,
-    K2_BIAS: gl.constexpr, HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr,
+    DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr, HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     PAIRS: gl.constexpr = 64 // BS
@@ -354,20 +355,17 @@ def forward_kernel(
     )  # fmt: skip
 
 
+def plan(p: Problem, scale: float, reach: Tensor | None, out: Tensor, lse: Tensor) -> Launch:
+    """The forward launch; the tensors may be on the meta device if it is only to be compiled."""
+    args, constants = tile_arguments(p, scale, reach, lse, block=128, stages=2)
+    args |= {"out_ptr": out, "lse_ptr": lse}
+    constants["K2_BIAS"] = p.k2_bias != 0
+    return Launch(forward_kernel, min(args["total"], processors(out.device)), args, constants, num_warps=4)
+
+
 def launch(p: Problem, scale: float, reach: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output (B, T, H, D) and natural-log LSE (B, T, H). D 64 or 128, w2 <= 64, scale > 0."""
-    batch, steps, s1, s2, groups, per_group, dim = p.shape
     out = torch.empty_like(p.q)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    (q, qb), (k2, k2b) = p.right(p.q), p.left(p.k2)
-    block, offsets = 128, next_power(p.w2, 8)
-    pairs = pairs_of_tile(p.w2)
-    tiles = triton.cdiv(steps * per_group, pairs)
-    total = batch * groups * tiles
-    forward_kernel[(min(total, processors(out.device)),)](
-        *key_descriptors(p, block), q, qb, k2, k2b, p.v2, out, lse, lse if reach is None else reach,
-        steps, s1, s2, p.w1, p.w2, tiles, total, scale * LOG2E, p.k2_bias, p.v2_bias,
-        R=per_group, G=groups, D=dim, BN=block, BS=offsets, STAGES=2, DETERMINANT=p.determinant,
-        K2_BIAS=p.k2_bias != 0, HAS_DOCS=reach is not None, MANY=per_group % pairs != 0, num_warps=4,
-    )  # fmt: skip
+    plan(p, scale, reach, out, lse).run()
     return out, lse

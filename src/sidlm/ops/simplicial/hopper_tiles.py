@@ -14,7 +14,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sidlm.ops.simplicial.prepare import Problem, next_power
+from sidlm.ops.simplicial.prepare import LOG2E, Problem, next_power
+
+PROCESSORS_ASSUMED = 132  # of an H200, where there is no device to ask
+thread_barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier  # its name until triton 3.6  # pyright: ignore
 
 
 @gluon.jit
@@ -153,12 +156,34 @@ def pairs_of_tile(w2: int) -> int:
 
 @cache
 def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROCESSORS_ASSUMED
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def key_descriptors(p: Problem, block: int) -> list[Any]:
-    """TMA descriptors of k and v as (B * S1, G * D), `block` positions of one head at a time."""
-    batch, _, s1, _, groups, _, dim = p.shape
-    layout = gl.NVMMASharedLayout.get_default_for([block, dim], gluon_type(p.q))
-    rows = [x.view(batch * s1, groups * dim) for x in (p.k, p.v)]
-    return [TensorDescriptor.from_tensor(x, [block, dim], layout) for x in rows]
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """TMA descriptor of a matrix x, `rows` by `columns` at a time, laid out as the tensor cores read it."""
+    layout: Any = gl.NVMMASharedLayout.get_default_for([rows, columns], gluon_type(x))
+    return TensorDescriptor.from_tensor(x, [rows, columns], layout)
+
+
+def tile_arguments(
+    p: Problem, scale: float, reach: Tensor | None, lse: Tensor, block: int, stages: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants of every kernel over these tiles, which reads keys (B * S1, G * D) `block` at a time."""
+    batch, steps, s1, s2, groups, per_group, dim = p.shape
+    (q, qb), (k2, k2b) = p.right(p.q), p.left(p.k2)
+    k, v = (descriptor(x.view(batch * s1, groups * dim), block, dim) for x in (p.k, p.v))
+    pairs = pairs_of_tile(p.w2)
+    tiles = -(-steps * per_group // pairs)
+    args = {
+        "k_desc": k, "v_desc": v, "q_ptr": q, "qb_ptr": qb, "k2_ptr": k2, "k2b_ptr": k2b, "v2_ptr": p.v2,
+        "reach_ptr": lse if reach is None else reach,  # without documents any pointer will do
+        "T": steps, "S1": s1, "S2": s2, "w1": p.w1, "w2": p.w2, "tiles": tiles, "total": batch * groups * tiles,
+        "scale_log2": scale * LOG2E, "k2_bias": p.k2_bias, "v2_bias": p.v2_bias,
+    }  # fmt: skip
+    constants = {
+        "R": per_group, "G": groups, "D": dim, "BN": block, "BS": next_power(p.w2, 8), "STAGES": stages,
+        "DETERMINANT": p.determinant, "HAS_DOCS": reach is not None, "MANY": per_group % pairs != 0,
+    }  # fmt: skip
+    return args, constants

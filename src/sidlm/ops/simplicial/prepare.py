@@ -11,7 +11,6 @@ because there xa = x, xb = 0, ya = 0, yb = y. When the axes trade places the det
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -139,12 +138,6 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def in_order(impls: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """In order of preference. On a CPU kernels run in triton's interpreter at best: on request, so last."""
-    kernels = () if device.type == "cuda" else ("triton", "hopper")
-    return {name: impls[name] for name in sorted(impls, key=lambda name: name in kernels)}
-
-
 def target(device: torch.device) -> str:
     """ "sm_90", "gfx942", ... for a device; "interpreter" where Triton has no device to run on."""
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -174,13 +167,18 @@ class Launch(NamedTuple):
     """One kernel launch, whole: what runs on a device is what a test compiles for another target."""
 
     kernel: Any
-    grid: int
+    grid: int | tuple[int, ...]
     args: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
-    num_stages: int
+    num_stages: int | None = None  # for Triton's pipeliner; Gluon kernels pipeline by hand
+
+    @property
+    def options(self) -> dict[str, int]:
+        stages = {} if self.num_stages is None else {"num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, **stages}
 
     def run(self) -> None:
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        grid = self.grid if isinstance(self.grid, tuple) else (self.grid,)
         with torch.cuda.device_of(next(x for x in self.args.values() if isinstance(x, Tensor))):
-            self.kernel[(self.grid,)](**self.args, **self.constants, **options)
+            self.kernel[grid](**self.args, **self.constants, **self.options)

@@ -41,14 +41,17 @@ def reference(
         back = steps - 1 - step  # all sequences end at the same position
         i, j, m = length - 1 - back, k.shape[1] - 1 - back, k2.shape[1] - 1 - back
         first, second = slice(max(0, j - w1 + 1), j + 1), slice(max(0, m - w2 + 1), m + 1)
-        logits = scale * _logits(q[:, step].to(dtype), k[:, first], k2[:, second], form)
         own = ids[:, i : i + 1]
         sees_first = (ids[:, i - (j - first.start) : i + 1] == own) & (own >= 0)
         sees_second = (ids[:, i - (m - second.start) : i + 1] == own) & (own >= 0)
+        # what is not seen may be NaN, and its weight of zero would not hide it
+        k_i, v_i = (x[:, first].masked_fill(~sees_first[..., None, None], 0.0) for x in (k, v))
+        k2_i, v2_i = (x[:, second].masked_fill(~sees_second[..., None, None], 0.0) for x in (k2, v2))
+        logits = scale * _logits(q[:, step].to(dtype), k_i, k2_i, form)
         visible = sees_first[:, None, :, None] & sees_second[:, None, None, :]
         logits = logits.masked_fill(~visible, -torch.inf)
         lse = logits.logsumexp(dim=(-2, -1))
         weights = (logits - lse.clamp_min(torch.finfo(dtype).min)[..., None, None]).exp()
-        outs.append(torch.einsum("bhjm,bjhd,bmhd->bhd", weights, v[:, first], v2[:, second]))
+        outs.append(torch.einsum("bhjm,bjhd,bmhd->bhd", weights, v_i, v2_i))
         lses.append(lse)
     return torch.stack(outs, dim=1).to(q.dtype), torch.stack(lses, dim=1)

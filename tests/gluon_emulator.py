@@ -1,7 +1,7 @@
 """Runs Gluon kernels on a CPU, to test them with no GPU: Triton's interpreter does not know Gluon.
 
-The kernel's own Python source runs, with torch tensors for its tensors: a thread for every partition of a
-warp-specialised region, buffers for shared memory (NaN until written), mbarriers with phases and transaction counts, and
+The kernel's own Python source runs, with torch tensors for its tensors: a thread for every partition of a warp-
+specialised region, buffers for shared memory (NaN until written), mbarriers with phases and transaction counts, and
 asynchronous products that read their operands at a random moment between their issue and their wait. So it finds wrong
 masks and indices, reads of memory that was never written, buffers released too early, and deadlocks. Layouts are not
 looked at, except that a row-major view is taken where a kernel reinterprets a buffer; the compiler checks the rest.
@@ -11,6 +11,7 @@ import inspect
 import math
 import random
 import threading
+import time
 import types
 
 import torch
@@ -102,7 +103,7 @@ class Machine:
 
 class Barrier:
     def __init__(self):
-        self.count = None
+        self.count = 0
         self.phase = 0
         self.arrivals = self.bytes = 0
 
@@ -156,6 +157,8 @@ class mbarrier:
 
         if pred:
             local.machine.change(action)
+            if local.pending and local.machine.random.random() < 0.5:
+                time.sleep(0.003)  # whoever waited for this may now write over what the products still read
 
 
 class tma:
@@ -287,7 +290,6 @@ class gl:
     expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
     reshape = staticmethod(lambda x, shape: x.reshape([int(s) for s in shape]))
     zeros_like = staticmethod(torch.zeros_like)
-    thread_barrier = staticmethod(lambda: None)
 
     class NVMMASharedLayout:
         get_default_for = staticmethod(lambda shape, dtype: None)
@@ -374,7 +376,7 @@ class gl:
 
 STAND_INS = {
     "gl": gl, "mbarrier": mbarrier, "tma": tma, "warpgroup_mma": warpgroup_mma,
-    "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": lambda: None,
+    "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": lambda: None, "thread_barrier": lambda: None,
 }  # fmt: skip
 
 
@@ -396,23 +398,27 @@ class Emulated:
 
     def __init__(self, kernel, seed=0):
         self.function, self.seed = _plain(kernel, {}), seed
-        self.parameters = inspect.signature(kernel.fn).parameters
+        self.signature = inspect.signature(kernel.fn)
+        self.constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.run(grid, *args, **kwargs)
 
-    def run(self, grid, *args, num_warps, **constants):
+    def argument(self, name, x):
+        if name in self.constants:
+            return x
+        if name.endswith("_desc"):
+            return Descriptor(x)
+        if isinstance(x, torch.Tensor):
+            assert x.is_contiguous(), name
+            return Pointer(x.view(-1))
+        return Int(x) if isinstance(x, int) else x
+
+    def run(self, grid, *args, num_warps, **kwargs):
         grid = (*grid, 1, 1)[:3]
-        converted = []
-        for name, x in zip(self.parameters, args, strict=False):
-            if name.endswith("_desc"):
-                converted.append(Descriptor(x))
-            elif isinstance(x, torch.Tensor):
-                assert x.is_contiguous(), name
-                converted.append(Pointer(x.view(-1)))
-            else:
-                converted.append(Int(x) if isinstance(x, int) else x)
+        given = self.signature.bind(*args, **kwargs).arguments
+        given = {name: self.argument(name, x) for name, x in given.items()}
         for number in range(math.prod(grid)):
             program = (number % grid[0], number // grid[0] % grid[1], number // grid[0] // grid[1])
             local.machine, local.pending = Machine(program, grid, self.seed + number), []
-            self.function(*converted, **constants)
+            self.function(**given)
