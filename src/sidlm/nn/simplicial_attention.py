@@ -119,8 +119,8 @@ class SimplicialAttention(nn.Module):
 def _wants_rings(new_keys: Tensor) -> bool:
     """Whether these keys (B, G, T, D) behind a cache are a step of decoding from ring buffers.
 
-    Without the kernel the rows in order cost less: the rings would be put in order first. A compiled graph would depend on
-    the slot that is written to.
+    Without the kernel the rows in order cost less: the rings would be put in order first. A compiled graph would depend
+    on the slot that is written to.
     """
     few = new_keys.shape[2] <= DECODED_AT_ONCE
     if not few or not new_keys.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -178,6 +178,7 @@ def two_simplicial_attention(
             attention over k and v at scale b * scale.
         doc_ids: (B, max(S1, S2)) integers that do not decrease along a row, aligned at the end like the keys: no pair
             crosses a document. Negative ids are padding: never seen, and their own output is zero.
+            Padding may lie inside a document, but "triton" and "hopper" take what follows it for another document.
         return_lse: also return the natural-log sum of exponentials over all pairs, (B, T, H), float32 (float64 for
             float64), -inf for padding queries. It is differentiable.
         impl: name of an implementation ("eager", "reference", "triton", "hopper"); None takes the first that can run.

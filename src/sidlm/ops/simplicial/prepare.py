@@ -133,7 +133,8 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernels take bfloat16 and float16, not {dtype}"
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+    usable = device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip
+    if not usable or torch.cuda.get_device_capability(device) != (9, 0):
         return "needs a GPU of compute capability 9.0"
     return None
 
