@@ -3,13 +3,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidlm.models import SidForCausalLM, forward_flops_per_token, num_parameters, preset, train_flops_per_token
-from sidlm.models.flops import visible_keys, visible_pairs
+from sidlm.models.flops import visible_keys
+from sidlm.ops.simplicial.flops import visible_pairs
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 5, 7, 8, 40])
 @pytest.mark.parametrize(("w1", "w2"), [(1, 1), (7, 3), (3, 7), (5, 5), (64, 8), (1, 9)])
 def test_visible_counts_are_the_sums_they_name(seq_len, w1, w2):
-    assert visible_pairs(seq_len, w1, w2) == sum(min(i + 1, w1) * min(i + 1, w2) for i in range(seq_len))
+    assert visible_pairs(seq_len, (w1, w2)) == sum(min(i + 1, w1) * min(i + 1, w2) for i in range(seq_len))
     assert visible_keys(seq_len, w1) == sum(min(i + 1, w1) for i in range(seq_len))
     assert visible_keys(seq_len) == seq_len * (seq_len + 1) // 2
 
@@ -41,7 +42,7 @@ def test_each_kind_of_layer(config_of):
         return [f(config, 32) - f(config, 1) for f in (forward_flops_per_token, train_flops_per_token)]
 
     per = 4 * 12 * 4
-    keys, pairs = visible_keys(32, 6) / 32 - 1, visible_pairs(32, 7, 4) / 32 - 1
+    keys, pairs = visible_keys(32, 6) / 32 - 1, visible_pairs(32, (7, 4)) / 32 - 1
     assert core("sliding", layer_types=["sliding_attention"]) == pytest.approx([per * keys, 3 * per * keys])
     assert core("trilinear", layer_types=["simplicial_attention"]) == pytest.approx([per * pairs, 4 * per * pairs])
 

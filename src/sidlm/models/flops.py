@@ -6,21 +6,13 @@ The asserts below tell the type checker which fields SidConfig has filled in whe
 """
 
 from sidlm.models.config import SidConfig
+from sidlm.ops.simplicial.flops import visible_pairs
 
 
 def visible_keys(seq_len: int, window: int | None = None) -> int:
     """Sum over the queries of a row of seq_len tokens of the keys each sees: sum_i min(i + 1, window)."""
     full = seq_len if window is None else min(seq_len, window)
     return full * (full + 1) // 2 + (seq_len - full) * full
-
-
-def visible_pairs(seq_len: int, w1: int, w2: int) -> int:
-    """Sum over the queries of the key pairs each sees: sum_i min(i + 1, w1) * min(i + 1, w2)."""
-    short, long = min(w1, w2), max(w1, w2)
-    a, b = min(seq_len, short), min(seq_len, long)
-    growing = a * (a + 1) * (2 * a + 1) // 6
-    half = a * (b * (b + 1) - a * (a + 1)) // 2
-    return growing + half + (seq_len - b) * a * b
 
 
 def _mixer_weights(config: SidConfig, layer_type: str) -> int:
@@ -76,7 +68,7 @@ def _core_flops(config: SidConfig, seq_len: int) -> tuple[float, float]:
     seen = {
         "full_attention": visible_keys(seq_len),
         "sliding_attention": visible_keys(seq_len, config.sliding_window),
-        "simplicial_attention": visible_pairs(seq_len, *config.simplicial_window),
+        "simplicial_attention": visible_pairs(seq_len, (config.simplicial_window[0], config.simplicial_window[1])),
     }
     simplicial = config.layer_types.count("simplicial_attention") * seen["simplicial_attention"]
     ordinary = sum(seen[t] for t in config.layer_types) - simplicial

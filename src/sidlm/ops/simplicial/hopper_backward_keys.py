@@ -388,7 +388,7 @@ def launch(
 ) -> list[Tensor]:
     """dk, dv (B, S1, G, D) and dk2, dv2 (B, S2, G, D), float32, for the trilinear form.
 
-    reach (B, T), last (B, S2): how far back a query sees, and the last query of each second key's document.
+    reach (B, T): how far back a query sees. last (2, B, S2): last and first position of each second key's document.
     """
     batch, groups = p.q.shape[0], p.k.shape[2]
     shares = cut(p)

@@ -1,11 +1,10 @@
 """The forward pass for Hopper: flash attention over virtual queries, warp-specialised, in Gluon.
 
-One block of threads owns an SM and walks over tiles of 128 rows (query, head, offset s). One warp streams the keys and
-values of the tile's window through shared memory by TMA, 128 positions at a time; two warpgroups of 64 rows each form
-their virtual queries ``u = q o k2`` and run the loop of flash attention on them, the scores of block n + 1 issued
-before the values of block n, so that the tensor cores work through one group's softmax on the other's products. At the
-end of a tile the rows of one (query, head) are merged: a joint softmax over s, times v2. README.md has the derivation
-and the measurements.
+One block of threads owns an SM and walks over tiles of 128 rows (query, head, offset s) with four roles. One warp
+streams the keys and values of the tile's window through shared memory by TMA, 128 positions at a time. Two warpgroups
+of 64 rows each run the loop of flash attention over their virtual queries ``u = q o k2``, the scores of block n + 1
+issued before the values of block n. One warpgroup forms the virtual queries of the next tile and merges the rows of the
+last: a joint softmax over the offsets s of a (query, head), times v2. README.md has the derivation.
 
 Rows are packed in the order (query, head of the group, offset): any ratio of query heads to key heads fills the tile.
 """
