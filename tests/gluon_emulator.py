@@ -221,6 +221,10 @@ def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
     return warpgroup_mma_wait(0, deps=[token])
 
 
+def warpgroup_mma_init(value):
+    return value
+
+
 def warpgroup_mma_wait(outstanding=0, deps=()):
     while len(local.pending) > outstanding:
         local.pending.pop(0).finish()
@@ -290,6 +294,8 @@ class gl:
     expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
     reshape = staticmethod(lambda x, shape: x.reshape([int(s) for s in shape]))
     zeros_like = staticmethod(torch.zeros_like)
+    permute = staticmethod(lambda x, order: x.permute(*order))
+    split = staticmethod(lambda x: x.unbind(-1))
 
     class NVMMASharedLayout:
         get_default_for = staticmethod(lambda shape, dtype: None)
@@ -376,7 +382,8 @@ class gl:
 
 STAND_INS = {
     "gl": gl, "mbarrier": mbarrier, "tma": tma, "warpgroup_mma": warpgroup_mma,
-    "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": lambda: None, "thread_barrier": lambda: None,
+    "warpgroup_mma_init": warpgroup_mma_init, "warpgroup_mma_wait": warpgroup_mma_wait,
+    "fence_async_shared": lambda: None, "thread_barrier": lambda: None,
 }  # fmt: skip
 
 

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
 
 from sidlm import ops
 from sidlm.cli import doctor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +84,32 @@ def test_an_implementation_that_crashes_is_a_finding(sid, monkeypatch):
 
 
 def test_checks_cover_every_op():
-    assert set(doctor.CHECKS) == set(ops.IMPLEMENTATIONS)
+    named = [name.partition("=") for name in doctor.CHECKS]
+    assert {op for op, _, impl in named if not impl} == set(ops.IMPLEMENTATIONS)
+    assert all(impl in ops.IMPLEMENTATIONS[op] for op, _, impl in named if impl)
+
+
+def test_the_check_of_hopper_is_of_its_own_kernels(monkeypatch):
+    """Not of the portable ones, which get what it does not take: as they get the check of the others."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", INTERPRET)  # kernels must be imported under the setting that triton was
+    from sidlm.ops.simplicial import hopper
+
+    asked, run = [], ops.two_simplicial_attention
+
+    def seen(*xs, window, v2_bias, impl, doc_ids=None):
+        problem = hopper._problem(*xs, *window, "trilinear", 0.0, v2_bias)
+        asked.append((impl, hopper.takes(problem, xs[0].shape[-1] ** -0.5, doc_ids)))
+        return run(*xs, window=window, doc_ids=doc_ids, v2_bias=v2_bias, impl="eager")
+
+    monkeypatch.setattr(ops, "two_simplicial_attention", seen)
+    impls = ops.IMPLEMENTATIONS["simplicial"]
+    for name in ("hopper", "triton"):
+        monkeypatch.setitem(impls, name, impls[name]._replace(why_not=lambda device, dtype: None))
+    rows = [row for row in doctor.check_ops(torch.device("cpu"), torch.float32) if row["op"] == "simplicial"]
+    assert [row["impl"] for row in rows if row["ok"]] == list(impls)
+    runs = [(impl, taken) for impl, taken in asked if impl != "reference"]
+    assert runs == [("hopper", True), ("triton", False), ("eager", False)]
 
 
 def test_unknown_device(fails):

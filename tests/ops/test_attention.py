@@ -29,6 +29,24 @@ def test_definition_sees_what_it_should():
     assert out.tolist() == [0.0, 0.5, 1.5, 3.0, 3.5, 4.5]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_takes_its_mask_function_under_type_checkers(monkeypatch):
+    """FlexAttention as it is, not compiled: the checkers of these tests hide how many arguments a function takes."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from sidlm.ops.attention import flex
+
+    monkeypatch.setattr(flex, "_compiled", lambda: (flex_attention, create_block_mask))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, steps, heads, 16) for steps, heads in ((20, 4), (24, 2), (24, 2)))
+    ids = torch.tensor([[0] * 9 + [1] * 15, [-1] * 7 + [0] * 17])
+    for window, docs in ((None, ids), (6, ids), (6, None)):
+        mask = flex.visible(20, 24, window, docs, q.device)
+        mine, oracle = flex.attention(q, k, v, mask, None), attention(q, k, v, window=window, doc_ids=docs)
+        seen = torch.ones(2, 20, dtype=torch.bool) if docs is None else docs[:, 4:] >= 0
+        torch.testing.assert_close(mine[seen], oracle[seen], rtol=1e-5, atol=1e-5)
+
+
 def test_mask_is_built_once_and_shared():
     q = torch.randn(1, 6, 2, 4)
     ids = torch.tensor([[0, 0, 0, 1, 1, 1]])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sidlm.ops import attention, attention_mask, two_simplicial_attention
+from sidlm.ops.simplicial import api
 
 pytestmark = pytest.mark.gpu
 
@@ -27,6 +28,31 @@ def test_eager_simplicial(form, dtype):
     exact = run("cpu", "reference", torch.float64)
     for e, own, mine in zip(exact, run("cuda", "reference", dtype), run("cuda", "eager", dtype), strict=True):
         assert (mine - e).norm() <= 4 * (own - e).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [48, 64, 300])
+def test_the_default(unchecked, monkeypatch, dtype, dim):
+    """The best kernel that takes the dtype, also in one graph of torch.compile."""
+    ran, backend = [], api._backend
+    monkeypatch.setattr(api, "_backend", lambda impl: ran.append(impl) or backend(impl))
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    expected = {torch.float64: "eager", torch.float32: "triton", torch.bfloat16: "hopper" if hopper else "triton"}
+    impl = expected[dtype] if dim <= 256 else "eager"
+    op = unchecked(two_simplicial_attention)
+    make = torch.Generator().manual_seed(0)
+    xs = [torch.randn(1, 50, heads, dim, generator=make).to("cuda", dtype) for heads in (16, 1, 1, 1, 1)]
+    xs, ids = [x.requires_grad_() for x in xs], torch.arange(50, device="cuda")[None] // 20
+
+    def loss(*xs):
+        return op(*xs, window=(20, 8), v2_bias=1.0, doc_ids=ids).float().square().sum()
+
+    torch.compiler.reset()
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        ran.clear()
+        grads = torch.autograd.grad(run(*xs), xs)
+        assert ran == [impl, impl]
+        assert all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("window", [None, 50])

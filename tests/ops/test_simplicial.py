@@ -8,7 +8,8 @@ import os
 import pytest
 import torch
 
-from sidlm.ops import two_simplicial_attention
+from sidlm.ops import IMPLEMENTATIONS, dispatch, two_simplicial_attention
+from sidlm.ops.simplicial import api, prepare
 
 NAMES = ("q", "k", "v", "k2", "v2")
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -203,17 +204,7 @@ def test_nan_in_one_document_stays_there(impl, bad):
             assert after[:, here].isnan().all(), name
 
 
-@pytest.mark.parametrize(
-    "impl",
-    [
-        "eager",
-        "reference",
-        pytest.param(
-            "triton",
-            marks=[KERNELS, pytest.mark.xfail(strict=True, reason="to the kernels a document is one run of equal ids")],
-        ),
-    ],
-)
+@pytest.mark.parametrize("impl", [None, "eager", "reference"])
 def test_padding_inside_a_document(impl):
     """A prompt padded on the right, then its continuation: that sees the prompt at its distance, and no padding."""
     xs, _ = inputs(1, 12, 2, 1, 6, dtype=torch.float32)
@@ -227,6 +218,105 @@ def test_padding_inside_a_document(impl):
         weights = (torch.einsum("hd,jd,md->hjm", q, k, k2) / 6**0.5).flatten(1).softmax(1).view(2, len(k), len(k2))
         expected = torch.einsum("hjm,jd,md->hd", weights, v, v2)
         torch.testing.assert_close(out[0, i].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@KERNELS
+def test_kernels_refuse_padding_inside_a_document(unchecked):
+    """For what they would compute is something else: to them a document is one run of equal ids."""
+    xs, _ = inputs(2, 8, 2, 1, 6, dtype=torch.float32)
+    outside = torch.tensor([[-1, -1, 0, 0, -1, 1, -1, -1], [-1, 2, 2, 3, 3, 3, 5, -1]])
+    two_simplicial_attention(*xs, window=(4, 2), doc_ids=outside, impl="triton")
+    inside = torch.tensor([[-1, -1, 0, 0, -1, 1, -1, -1], [-1, 2, 2, -1, -1, 2, 5, 5]])
+    with pytest.raises(ValueError) as caught:
+        unchecked(two_simplicial_attention)(*xs, window=(4, 2), doc_ids=inside, impl="triton")
+    assert str(caught.value) == (
+        "doc_ids has padding inside a document: row 1 goes on with 2 at position 5, "
+        "which implementation 'triton' would take for another document; impl='eager' does not"
+    )
+
+
+def test_where_documents_have_holes():
+    rows = [
+        ([0, 0, -1, 0, 0], [3]),
+        ([-1, 0, -1, -1, 0, -1, 0, 1, -1, 1], [4, 6, 9]),
+        ([-1, -1, 0, 1, -1, 2, -1, -1], []),
+        ([3], []),
+        ([-1], []),
+    ]
+    for ids, expected in rows:
+        assert api.holes(torch.tensor([ids]))[0].nonzero().flatten().tolist() == expected, ids
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As on a device that has every kernel, for what is chosen there: nothing is run on it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    half = (torch.bfloat16, torch.float16)
+    monkeypatch.setattr(prepare, "why_not_hopper", lambda device, dtype: None if dtype in half else "half only")
+    return torch.device("cuda")
+
+
+def test_the_kernels_are_the_default_on_a_gpu(on_a_gpu, monkeypatch):
+    pytest.importorskip("triton")
+
+    def default(op, dtype, device=on_a_gpu):
+        return dispatch.choose(op, IMPLEMENTATIONS[op], None, device, dtype)
+
+    expected = {torch.bfloat16: "hopper", torch.float16: "hopper", torch.float32: "triton", torch.float64: "eager"}
+    for dtype, name in expected.items():
+        assert default("simplicial", dtype) == name
+        assert default("simplicial_decode", dtype) == name.replace("hopper", "triton")
+        for device in ("cpu", "meta"):
+            assert {default(op, dtype, torch.device(device)) for op in ("simplicial", "simplicial_decode")} == {"eager"}
+    rows = {(row.op, row.impl): row.reason for row in dispatch.table(on_a_gpu, torch.float16)}
+    assert rows["simplicial", "hopper"] == rows["simplicial_decode", "triton"] == "default"
+    assert {rows["simplicial", name] for name in ("triton", "eager", "reference")} == {"on request"}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # nor is a GPU what runs them then
+    assert default("simplicial", torch.float32) == default("simplicial_decode", torch.float32) == "eager"
+
+
+def test_no_kernel_unasked_for_heads_without_tiles(on_a_gpu, unchecked):
+    pytest.importorskip("triton")
+    from types import SimpleNamespace
+
+    def chosen(dim, impl=None):
+        heads = SimpleNamespace(device=on_a_gpu, dtype=torch.float32, shape=(1, 1, 1, dim))
+        return unchecked(api.choose)("simplicial", IMPLEMENTATIONS["simplicial"], impl, heads)
+
+    assert chosen(256) == "triton" and chosen(257) == "eager" and chosen(257, "triton") == "triton"
+
+
+@KERNELS
+def test_on_a_cpu_kernels_are_only_emulated():
+    rows = {row.impl: row for row in dispatch.table("cpu") if row.op == "simplicial"}
+    assert list(rows) == ["hopper", "triton", "eager", "reference"]
+    assert rows["triton"].usable and rows["triton"].reason == "on request, emulated"
+    assert rows["eager"].reason == "default" and rows["reference"].reason == "on request"
+
+
+def test_nothing_that_can_run_says_why():
+    with pytest.raises(ValueError) as caught:
+        dispatch.choose("simplicial", IMPLEMENTATIONS["simplicial"], None, torch.device("cpu"), torch.int32)
+    message = str(caught.value)
+    assert message.startswith("simplicial: no implementation for torch.int32 on cpu (hopper: ")
+    assert message.endswith("eager: torch.int32 is not a floating-point type; reference: torch.int32 is not a "
+                            "floating-point type)")  # fmt: skip
+
+
+@KERNELS
+def test_a_compiled_call_chooses_the_kernels_without_a_graph_break(unchecked, monkeypatch):
+    """As on a GPU, where the choice asks for its capability."""
+    ran, backend, impls = [], api._backend, IMPLEMENTATIONS["simplicial"]
+    for name in api.KERNELS:
+        monkeypatch.setitem(impls, name, impls[name]._replace(emulated=lambda device: False))
+    monkeypatch.setattr(api, "_backend", lambda impl: ran.append(impl) or backend(impl))
+    torch.compiler.reset()
+    xs, ids = inputs(1, 6, 2, 1, 6, docs=2, dtype=torch.float32)
+    op = unchecked(two_simplicial_attention)
+    compiled = torch.compile(lambda *xs: op(*xs, window=(4, 2), doc_ids=ids) * 2, fullgraph=True, backend="aot_eager")
+    out = compiled(*xs)
+    assert ran == ["triton"]
+    torch.testing.assert_close(out, op(*xs, window=(4, 2), doc_ids=ids, impl="eager") * 2, rtol=1e-5, atol=1e-5)
 
 
 def _with(xs, name, value):
@@ -280,7 +370,7 @@ def test_what_cannot_run_here_says_why(impl, dtype, reason):
 
 def test_unknown_implementation_is_named(monkeypatch):
     xs, _ = inputs(1, 4, 1, 1, 3)
-    with pytest.raises(ValueError, match="no implementation 'cuda'; there are eager, reference"):
+    with pytest.raises(ValueError, match="no implementation 'cuda'; there are hopper, triton, eager, reference"):
         two_simplicial_attention(*xs, impl="cuda")
     monkeypatch.setenv("SID_IMPL", "simplicial=nothing")
     with pytest.raises(ValueError, match="no implementation 'nothing'"):

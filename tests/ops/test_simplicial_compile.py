@@ -63,7 +63,7 @@ def check(rows, kernels=TRAINING):
             assert row["loops"] == 2, row  # one for each warpgroup
         elif arch.startswith("sm_"):
             assert row["loops"] > 0, row
-            assert row["cp_async"] > 0, row  # loads run ahead of the products
+            assert row["cp_async"] > 0 or row["stages"] == 1, row  # loads run ahead of the products
 
 
 def test_hopper(compiled):

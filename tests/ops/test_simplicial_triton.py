@@ -227,6 +227,20 @@ def test_copies_give_the_cross_product():
         torch.testing.assert_close(xa * yb - xb * ya, eager._cross(p.k2, p.q) * sign)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_nothing_is_loaded_ahead_of_one_tile(arch):
+    """Or Triton overwrites what products in flight read, where some products are too small to be wgmma."""
+    for per_group, w2 in [(1, 32), (4, 8), (1, 1), (2, 7), (2, 32), (8, 16), (64, 32)]:
+        q, k = (torch.empty(1, 90, heads, 96, dtype=torch.bfloat16, device="meta") for heads in (per_group, 1))
+        p = prepare.problem(q, k, k, k, k, 40, w2, "trilinear", 0.0, 1.0)
+        tile = triton_backward_keys.cut(p, arch).tile
+        table = triton_forward.choose_tile(triton_backward_keys.KEY_TILES, arch, q)
+        assert tile.bn == min(table.bn, prepare.next_power(per_group * w2, 16))
+        assert tile.stages == (table.stages if tile.bn == table.bn else 1)
+        if tile.stages > 1:
+            assert arch != "sm_90" or tile.bn >= 64
+
+
 def test_tiles_hold_few_dead_rows():
     split = triton_forward.split_rows
     assert split(64, 64, 4096, 8, 512, 32) == (1, 2, 32)

@@ -19,6 +19,7 @@ from sidlm.nn.moe import MoEFeedForward
 from sidlm.nn.norm import RMSNorm
 from sidlm.nn.rotary import Rotary
 from sidlm.nn.simplicial_attention import SimplicialAttention
+from sidlm.ops.simplicial.api import holes
 
 
 class SidDecoderLayer(Block, GradientCheckpointingLayer):
@@ -71,6 +72,8 @@ class Context(NamedTuple):
     """(B, past + T), or None when every row is one document without padding"""
     masks: dict[str, Any]
     """layer type -> what ops.attention_mask gave"""
+    holes: bool
+    """Whether padding lies inside a document: there the kernels of 2-simplicial attention must not be used"""
 
 
 class SidPreTrainedModel(PreTrainedModel):
@@ -162,7 +165,9 @@ class SidModel(SidPreTrainedModel):
             position_ids: (B or 1, T). Default: counted from the first token that attention_mask keeps. Without
                 doc_ids and with nothing cached, a position that does not grow starts a new document, whatever
                 attention_mask says.
-            doc_ids: (B, past + T) ints; tokens of different documents do not see each other, negative is padding.
+            doc_ids: (B, past + T) ints; tokens of different documents do not see each other, negative is padding. It
+                must not lie inside a document where that is not looked for: without a cache, if there is no
+                attention_mask or the model is compiled.
             past_key_values: a cache to continue from, ``DynamicCache(config=model.config)``.
             use_cache: whether to return a cache; by default config.use_cache in evaluation and no in training.
             kwargs: what collators add (cu_seq_lens, ...) repeats position_ids and is not read.
@@ -185,12 +190,14 @@ class SidModel(SidPreTrainedModel):
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x]
         for layer, layer_type in zip(self.layers, layer_types, strict=True):
+            simplicial = layer_type == "simplicial_attention"
             x = layer(
                 x,
                 positions,
                 past_key_values=past_key_values,
                 mask=context.masks.get(layer_type),
-                doc_ids=context.doc_ids if layer_type == "simplicial_attention" else None,
+                doc_ids=context.doc_ids if simplicial else None,
+                impl="eager" if simplicial and context.holes else None,
             )
             if collect:
                 states.append(x)
@@ -244,7 +251,9 @@ class SidModel(SidPreTrainedModel):
             length = t + (past if window is None else min(past, window - 1))
             ids = None if doc_ids is None else doc_ids[:, -length:]
             masks[layer_type] = ops.attention_mask(t, length, window=window, doc_ids=ids, device=x.device)
-        return Context(position_ids, doc_ids, masks)
+        # looking waits for the device, as it did above for padding and for a cache
+        look = "simplicial_attention" in (self.config.layer_types or ()) and (padding is not None or cache is not None)
+        return Context(position_ids, doc_ids, masks, look and _has_holes(doc_ids, past))
 
 
 class SidForCausalLM(SidPreTrainedModel, GenerationMixin):
@@ -358,6 +367,15 @@ def _padding(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
     if not torch.compiler.is_compiling() and not padding.any():
         return None
     return padding
+
+
+def _has_holes(doc_ids: Tensor | None, past: int) -> bool:
+    """Whether padding lies inside a document, as behind prompts that are padded on the right."""
+    if doc_ids is None:
+        return False
+    if torch.compiler.is_compiling():  # looking would break the graph; whatever is continued may have holes
+        return past > 0
+    return bool(holes(doc_ids).any())
 
 
 def _documents_from_positions(position_ids: Tensor, padding: Tensor | None, batch: int, past: int) -> Tensor | None:

@@ -36,13 +36,15 @@ class Attention(nn.Module):
         self.o_proj = residual_linear(num_heads * head_dim, hidden_size)
 
     def forward(
-        self, x: Tensor, positions: Positions, *, cache: Any = None, mask: Any = None, doc_ids: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, positions: Positions, *, cache: Any = None, mask: Any = None, doc_ids: Tensor | None = None,
+        impl: str | None = None,
+    ) -> Tensor:  # fmt: skip
         """x: (B, T, hidden_size) -> the same shape.
 
         cache: an object with ``update(k, v, layer_idx)`` that takes and returns (B, G, S, D) tensors, or None.
         mask: what ``ops.attention_mask`` gave for this kind of layer. It carries the document structure, so doc_ids
         is needed only by a caller who builds no mask: (B, S) int, aligned at the end with the keys.
+        impl: the implementation of ``ops.attention`` for a caller who builds no mask, None for the default.
         """
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, -1, self.head_dim)
@@ -57,5 +59,5 @@ class Attention(nn.Module):
                 visible = self.window - 1 + t
                 keys, values = keys[:, :, -visible:], values[:, :, -visible:]
             k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        out = ops.attention(q, k, v, window=self.window, doc_ids=doc_ids, mask=mask)
+        out = ops.attention(q, k, v, window=self.window, doc_ids=doc_ids, mask=mask, impl=impl)
         return self.o_proj(out.reshape(b, t, -1))

@@ -11,7 +11,7 @@ from sidlm.nn.rotary import Positions
 class Block(nn.Module):
     """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; parameter names are those of a Llama layer.
 
-    mixer: a module called as ``mixer(x, positions, cache=, mask=, doc_ids=)``; mlp: a module called as ``mlp(x)``.
+    mixer: a module called as ``mixer(x, positions, cache=, mask=, doc_ids=, impl=)``; mlp: one called as ``mlp(x)``.
     """
 
     def __init__(self, hidden_size: int, mixer: nn.Module, mlp: nn.Module, norm_eps: float = 1e-5):
@@ -29,7 +29,9 @@ class Block(nn.Module):
         past_key_values: Any = None,
         mask: Any = None,
         doc_ids: Tensor | None = None,
+        impl: str | None = None,
     ) -> Tensor:
         """x: (B, T, hidden_size) -> the same shape. The other arguments go to the mixer as they are."""
-        x = x + self.self_attn(self.input_layernorm(x), positions, cache=past_key_values, mask=mask, doc_ids=doc_ids)
+        passed = {"cache": past_key_values, "mask": mask, "doc_ids": doc_ids, "impl": impl}
+        x = x + self.self_attn(self.input_layernorm(x), positions, **passed)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -9,11 +9,11 @@ from sidlm import ops
 from sidlm.nn.linear import residual_linear
 from sidlm.nn.norm import RMSNorm
 from sidlm.nn.rotary import Positions
-from sidlm.ops import dispatch
+from sidlm.ops.simplicial.api import choose
 
 POSITIONS = ("none", "rope", "rotation")
 DECODED_AT_ONCE = 16
-"""With a cache and without gradients, up to so many tokens take the path for decoding, on a GPU."""
+"""With a cache and without gradients, up to so many tokens take the path for decoding, where it has a kernel."""
 
 
 class SimplicialAttention(nn.Module):
@@ -65,8 +65,9 @@ class SimplicialAttention(nn.Module):
         self.k2_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
 
     def forward(
-        self, x: Tensor, positions: Positions, *, cache: Any = None, mask: Any = None, doc_ids: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, positions: Positions, *, cache: Any = None, mask: Any = None, doc_ids: Tensor | None = None,
+        impl: str | None = None,
+    ) -> Tensor:  # fmt: skip
         """x: (B, T, hidden_size) -> the same shape.
 
         cache: an object whose ``update(k, v, layer_idx, k2=, v2=, window=)`` takes (B, G, T, D) tensors and returns
@@ -74,6 +75,8 @@ class SimplicialAttention(nn.Module):
         is given ``rings=True`` and may return ``((k, k2, lengths), (v, v2))``, ring buffers (B, G, C, D) that hold the
         new positions too (:func:`sidlm.ops.two_simplicial_decode`).
         doc_ids: (B, S) int, S >= the longest keys, aligned at the end; negative is padding. mask is not used.
+        impl: the implementation of :func:`sidlm.ops.two_simplicial_attention`, None for the default; decoding from ring
+        buffers has its own. "eager" where padding lies inside a document, unless the keys come as rings.
         """
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, -1, self.head_dim)
@@ -101,7 +104,7 @@ class SimplicialAttention(nn.Module):
         else:
             if doc_ids is not None:
                 doc_ids = doc_ids[:, -max(k.shape[1], k2.shape[1]) :]
-            out = ops.two_simplicial_attention(q, k, v, k2, v2, doc_ids=doc_ids, **settings)
+            out = ops.two_simplicial_attention(q, k, v, k2, v2, doc_ids=doc_ids, impl=impl, **settings)
         assert isinstance(out, Tensor)  # a pair only with return_lse
         return self.o_proj(out.reshape(b, t, -1))
 
@@ -123,10 +126,9 @@ def _wants_rings(new_keys: Tensor) -> bool:
     on the slot that is written to.
     """
     few = new_keys.shape[2] <= DECODED_AT_ONCE
-    if not few or not new_keys.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    impls = ops.IMPLEMENTATIONS["simplicial_decode"]
-    return dispatch.choose("simplicial_decode", impls, None, new_keys.device, new_keys.dtype) == "triton"
+    return choose("simplicial_decode", ops.IMPLEMENTATIONS["simplicial_decode"], None, new_keys) == "triton"
 
 
 def check_position(position: str, form: str, k2_bias: float) -> None:

@@ -16,6 +16,8 @@ class Implementation(NamedTuple):
     """The implementation; all of an op share one signature."""
     why_not: Callable[[torch.device, torch.dtype], str | None]
     """Why it cannot run on this device and dtype, in words, or None if it can."""
+    emulated: Callable[[torch.device], bool] = lambda device: False
+    """Whether it can only be emulated on this device, which takes minutes: then it runs if it is named, never else."""
 
 
 class Row(NamedTuple):
@@ -38,7 +40,7 @@ def _override(op: str) -> str | None:
 def choose(
     op: str, impls: Mapping[str, Implementation], impl: str | None, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """Name of the implementation to run: the one asked for, else the first that can.
+    """Name of the implementation to run: the one asked for, else the first that can without being emulated.
 
     Raises ValueError naming the op, the implementation and the reason if the one asked for is unknown or cannot run.
     """
@@ -50,12 +52,10 @@ def choose(
         if reason:
             raise ValueError(f"{op}: implementation {asked!r} cannot run here: {reason}")
         return asked
-    reasons = []
     for name, candidate in impls.items():
-        reason = candidate.why_not(device, dtype)
-        if reason is None:
+        if not candidate.emulated(device) and candidate.why_not(device, dtype) is None:
             return name
-        reasons.append(f"{name}: {reason}")
+    reasons = (f"{name}: {x.why_not(device, dtype) or 'only emulated'}" for name, x in impls.items())
     raise ValueError(f"{op}: no implementation for {dtype} on {device.type} ({'; '.join(reasons)})")
 
 
@@ -68,7 +68,8 @@ def table(device: torch.device | str | None = None, dtype: torch.dtype = torch.f
     for op, impls in IMPLEMENTATIONS.items():
         first = True
         for name, candidate in impls.items():
-            reason = candidate.why_not(device, dtype)
-            rows.append(Row(op, name, reason is None, reason or ("default" if first else "on request")))
-            first = first and reason is not None
+            reason, emulated = candidate.why_not(device, dtype), candidate.emulated(device)
+            what = "on request, emulated" if emulated else "default" if first else "on request"
+            rows.append(Row(op, name, reason is None, reason or what))
+            first = first and (reason is not None or emulated)
     return rows

@@ -1,6 +1,7 @@
 """Attention by FlexAttention on CUDA: skips the blocks that a window or a document boundary hides."""
 
 import functools
+import inspect
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def visible(q_len: int, kv_len: int, window: int | None, doc_ids: Tensor | None,
         return (inside & (doc_ids[b, kv] == own) & (own >= 0)) | (kv == q)
 
     batch = None if doc_ids is None else doc_ids.shape[0]
-    return _compiled()[1](seen, batch, None, q_len, kv_len, device=str(device))
+    # torch counts the positional arguments in the function's code, which a checker of types wraps as (*args, **kwargs)
+    return _compiled()[1](inspect.unwrap(seen), batch, None, q_len, kv_len, device=str(device))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float | None) -> Tensor:

@@ -3,6 +3,8 @@
 import functools
 import importlib
 import math
+import os
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -75,17 +77,36 @@ def _any_device(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"{dtype} is not a floating-point type"
 
 
+@torch.compiler.assume_constant_result
+def _why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """`prepare.why_not_hopper`; torch.compile asks it while it traces, and does not put its calls into the graph."""
+    return prepare.why_not_hopper(device, dtype)
+
+
+def emulated(device: torch.device) -> bool:
+    """Whether kernels do not run on the device itself, if they run at all."""
+    return device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _through(impl: str):
     return functools.partial(_two_simplicial, impl=impl)
 
 
-# the kernels come last, on request: their suite has not passed on a GPU as a whole yet
 IMPLEMENTATIONS = {
+    "hopper": dispatch.Implementation(_through("hopper"), _why_not_hopper, emulated),
+    "triton": dispatch.Implementation(_through("triton"), prepare.why_not_triton, emulated),
     "eager": dispatch.Implementation(_through("eager"), _any_device),
     "reference": dispatch.Implementation(reference, _any_device),
-    "triton": dispatch.Implementation(_through("triton"), prepare.why_not_triton),
-    "hopper": dispatch.Implementation(_through("hopper"), prepare.why_not_hopper),
 }
+KERNELS = ("hopper", "triton")
+LARGEST_HEAD = 256
+"""Dimensions of a head up to which the kernels have tiles."""
+
+
+def choose(op: str, impls: Mapping[str, dispatch.Implementation], impl: str | None, x: Tensor) -> str:
+    """The implementation to run for heads x (..., D): that of `dispatch.choose`, but no kernel unasked for large D."""
+    name = dispatch.choose(op, impls, impl, x.device, x.dtype)
+    return "eager" if impl is None and name in KERNELS and x.shape[-1] > LARGEST_HEAD else name
 
 
 def _check(q: Tensor, others: dict[str, Tensor], window: tuple[int, int], form: str, doc_ids: Tensor | None) -> None:
@@ -142,6 +163,23 @@ def _check_doc_ids(doc_ids: Tensor, expected: tuple[int, int], device: torch.dev
         )
 
 
+def holes(doc_ids: Tensor) -> Tensor:
+    """Where a document goes on behind padding: bool (B, S) like doc_ids. The kernels see another document there."""
+    behind = (doc_ids[:, 1:] >= 0) & (doc_ids[:, :-1] < 0)
+    same = doc_ids[:, 1:] == doc_ids.cummax(dim=1).values[:, :-1]
+    return torch.nn.functional.pad(behind & same, (1, 0))
+
+
+def _check_holes(doc_ids: Tensor, impl: str) -> None:
+    found = holes(doc_ids)
+    if bool(found.any()):
+        row, at = (int(x) for x in found.nonzero()[0])
+        raise ValueError(
+            f"doc_ids has padding inside a document: row {row} goes on with {int(doc_ids[row, at])} at position {at}, "
+            f"which implementation {impl!r} would take for another document; impl='eager' does not"
+        )
+
+
 def two_simplicial_attention(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b s1 g d"],
@@ -178,20 +216,26 @@ def two_simplicial_attention(
             attention over k and v at scale b * scale.
         doc_ids: (B, max(S1, S2)) integers that do not decrease along a row, aligned at the end like the keys: no pair
             crosses a document. Negative ids are padding: never seen, and their own output is zero.
-            Padding may lie inside a document, but "triton" and "hopper" take what follows it for another document.
+            Padding may lie inside a document, but not for "hopper" and "triton", which take what follows it for
+            another document. They refuse it where doc_ids is on the host; on a device it is not looked for, which would
+            wait for the device: name "eager" there, as Sid's models do behind prompts that are padded on the right.
         return_lse: also return the natural-log sum of exponentials over all pairs, (B, T, H), float32 (float64 for
             float64), -inf for padding queries. It is differentiable.
-        impl: name of an implementation ("eager", "reference", "triton", "hopper"); None takes the first that can run.
+        impl: name of an implementation ("hopper", "triton", "eager", "reference"); None takes the first that can run,
+            a kernel only on a GPU.
 
     Returns:
         (B, T, H, D) in q's dtype, and the LSE if asked for.
 
     Raises:
-        ValueError: shapes, dtypes, devices, windows or doc_ids that disagree, with the names and the two values.
+        ValueError: shapes, dtypes, devices, windows or doc_ids that disagree, with the names and the two values;
+            padding inside a document for a kernel, with row and position.
     """
     _check(q, {"k": k, "v": v, "k2": k2, "v2": v2}, window, form, doc_ids)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    chosen = IMPLEMENTATIONS[dispatch.choose("simplicial", IMPLEMENTATIONS, impl, q.device, q.dtype)]
-    w1, w2 = int(window[0]), int(window[1])
+    name = choose("simplicial", IMPLEMENTATIONS, impl, q)
+    if name in KERNELS and doc_ids is not None and readable(doc_ids):
+        _check_holes(doc_ids, name)
+    chosen, w1, w2 = IMPLEMENTATIONS[name], int(window[0]), int(window[1])
     out, lse = chosen.run(q, k, v, k2, v2, w1, w2, form, scale, float(k2_bias), float(v2_bias), doc_ids)
     return (out, lse) if return_lse else out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sidlm.ops import dispatch
 from sidlm.ops.simplicial import eager, prepare
-from sidlm.ops.simplicial.api import FORMS
+from sidlm.ops.simplicial.api import FORMS, choose, emulated
 
 
 def _gathered(ring: Tensor, slots: Tensor, hidden: Tensor) -> Tensor:
@@ -62,10 +62,9 @@ def _why_not_eager(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"{dtype} is not a floating-point type"
 
 
-# the kernel comes last, on request: its tests have not passed on a GPU yet
 IMPLEMENTATIONS = {
+    "triton": dispatch.Implementation(_triton, prepare.why_not_triton, emulated),
     "eager": dispatch.Implementation(_eager, _why_not_eager),
-    "triton": dispatch.Implementation(_triton, prepare.why_not_triton),
 }
 
 
@@ -144,7 +143,7 @@ def two_simplicial_decode(
         window, form, scale, k2_bias, v2_bias, return_lse: as in :func:`two_simplicial_attention`.
         doc_ids: (B, S) integers, S >= n, the documents of the last S positions, aligned at the end: no pair crosses a
             document, negative ids (left padding) are never seen, nor is a position more than S from the end.
-        impl: name of an implementation ("triton", "eager"); None takes the first that can run.
+        impl: name of an implementation ("triton", "eager"); None takes the first that can run, a kernel only on a GPU.
 
     Returns:
         (B, n, H, D) in q's dtype, and the natural-log LSE (B, n, H) if asked for.
@@ -160,7 +159,7 @@ def two_simplicial_decode(
             "two_simplicial_decode has no gradient: call it under torch.no_grad, or use two_simplicial_attention"
         )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    chosen = dispatch.choose("simplicial_decode", IMPLEMENTATIONS, impl, q.device, q.dtype)
+    chosen = choose("simplicial_decode", IMPLEMENTATIONS, impl, q)
     settings = (int(window[0]), int(window[1]), form, scale, float(k2_bias), float(v2_bias))
     out, lse = _two_simplicial_decode(q, k, v, k2, v2, lengths, *settings, doc_ids, chosen)
     return (out, lse) if return_lse else out

@@ -1,6 +1,8 @@
 """The gradient of q on Hopper: the row-stationary half of the backward pass over virtual queries, in Gluon.
 
-Tiles, warps and the hand-over are those of hopper_forward.py. Per pair it takes three products, S = U K', dP = dO' V'
+Tiles and warps are those of hopper_forward.py. Each warpgroup has two sets of virtual queries and virtual output
+gradients, and the result of a tile, float32, takes the place of the set it was made from: the shaper merges tile t,
+then forms tile t + 2 there. Per pair it takes three products, S = U K', dP = dO' V'
 with dO' = dO o v2, and dU = dS K; the softmax is known from the LSE. At the end of a tile dq = sum_s dU o k2. No row is
 shared between programs: the same bits every time.
 """
@@ -37,35 +39,36 @@ from sidlm.ops.simplicial.prepare import Launch, Problem
 @gluon.jit
 @no_type_check
 def _shaper(
-    u_smem, o_smem, z_smem, lse_smem, delta_smem, u_full, u_empty, z_full, z_empty,
+    u_smem, z_smem, lse_smem, delta_smem, u_full, z_full,
     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dqb_ptr, reach_ptr,
     T, S2, w2, tiles, total, scale, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
     HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
-    """Virtual queries and virtual output gradients in, gradients of q out, one tile behind."""
+    """Virtual queries and virtual output gradients in, gradients of q out, two tiles behind."""
     local, bg, local_stride, bg_stride = first_tile(tiles)
-    old_local = local - local_stride  # not a second name of `local`: the compiler would not carry it round the loop
-    old_bg = bg - bg_stride
+    old_local, old_bg, _a, _b = first_tile(tiles)
     steps = gl.cdiv(total - gl.program_id(0), gl.num_programs(0))
-    for step in range(steps + 1):
+    for step in range(steps + 2):
+        if step >= 2:
+            for wg in range(2):
+                _merge(z_smem, z_full, step - 2, old_local, old_bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr,
+                       reach_ptr, T, S2, w2, scale, k2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS)  # fmt: skip
+            old_local, old_bg = next_tile(old_local, old_bg, tiles, local_stride, bg_stride)
         if step < steps:
-            _form(u_smem, o_smem, lse_smem, delta_smem, u_full, u_empty, step, local, bg,
+            _form(u_smem, lse_smem, delta_smem, step & 1, local, bg,
                   q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
                   T, S2, w2, k2_bias, v2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS, MANY)  # fmt: skip
-        if step > 0:
-            for wg in range(2):
-                _merge(z_smem, z_full, z_empty, step - 1, old_local, old_bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr,
-                       reach_ptr, T, S2, w2, scale, k2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS)  # fmt: skip
-        old_local = local
-        old_bg = bg
-        local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+            local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+            fence_async_shared()
+        if step <= steps:  # one signal more than tiles: it lets the last result in
+            mbarrier.arrive(u_full.index(step & 1), count=1)
 
 
 @gluon.jit
 @no_type_check
 def _form(
-    u_smem, o_smem, lse_smem, delta_smem, u_full, u_empty, step, local, bg,
+    u_smem, lse_smem, delta_smem, place, local, bg,
     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
     T, S2, w2, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
@@ -98,19 +101,16 @@ def _form(
         else:
             u = q * (k2.to(gl.float32) + k2_bias)
         o = d_out * (v2.to(gl.float32) + v2_bias)
-        mbarrier.wait(u_empty.index(wg), (step & 1) ^ 1)
-        u_smem.index(wg).store(gl.reshape(u.to(dtype), [64, D]))
-        o_smem.index(wg).store(gl.reshape(o.to(dtype), [64, D]))
-        _statistics(lse_smem, delta_smem, pair, wg, b, bg % G, lse_ptr, delta_ptr, reach_ptr,
+        u_smem.index(4 * wg + 2 * place).store(gl.reshape(u.to(dtype), [64, D]))
+        u_smem.index(4 * wg + 2 * place + 1).store(gl.reshape(o.to(dtype), [64, D]))
+        _statistics(lse_smem, delta_smem, pair, 2 * wg + place, b, bg % G, lse_ptr, delta_ptr, reach_ptr,
                     T, S2, w2, R, G, BS, HAS_DOCS)  # fmt: skip
-        fence_async_shared()
-        mbarrier.arrive(u_full.index(wg), count=1)
 
 
 @gluon.jit
 @no_type_check
 def _statistics(
-    lse_smem, delta_smem, first, wg: gl.constexpr, b, group, lse_ptr, delta_ptr, reach_ptr, T, S2, w2,
+    lse_smem, delta_smem, first, place, b, group, lse_ptr, delta_ptr, reach_ptr, T, S2, w2,
     R: gl.constexpr, G: gl.constexpr, BS: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
     PAIRS: gl.constexpr = 64 // BS
@@ -125,25 +125,28 @@ def _statistics(
     lse = gl.load(lse_ptr + row_at, mask=inside, other=-float("inf")) * LOG2E
     seen = seen & (lse > -float("inf"))[:, None]
     delta = gl.load(delta_ptr + row_at, mask=inside, other=0.0)
-    lse_smem._reinterpret(gl.float32, [2, PAIRS, BS], table).index(wg).store(gl.where(seen, lse[:, None], float("inf")))
-    delta_smem._reinterpret(gl.float32, [2, PAIRS, BS], table).index(wg).store(gl.where(seen, delta[:, None], 0.0))
+    lse = gl.where(seen, lse[:, None], float("inf"))
+    lse_smem._reinterpret(gl.float32, [4, PAIRS, BS], table).index(place).store(lse)
+    delta = gl.where(seen, delta[:, None], 0.0)
+    delta_smem._reinterpret(gl.float32, [4, PAIRS, BS], table).index(place).store(delta)
 
 
 @gluon.jit
 @no_type_check
 def _merge(
-    z_smem, z_full, z_empty, step, local, bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr, reach_ptr,
+    z_smem, z_full, step, local, bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr, reach_ptr,
     T, S2, w2, scale, k2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
     HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum_s dU o k2; for the determinant the two sums with permuted k2, still to be put in place."""
     PAIRS: gl.constexpr = 64 // BS
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])  # sums over rows stay in a warp
+    wide: gl.constexpr = gl.BlockedLayout([2, 2], [256 // D, D // 8], [1, 4], [1, 0])  # sums over rows stay in a warp
     d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
     s = gl.arange(0, BS, layout=gl.SliceLayout(1, wide))
     b = bg // G
-    parts = z_smem._reinterpret(gl.float32, [2 * PAIRS, BS, D], z_smem.layout)
+    parts = z_smem._reinterpret(gl.float32, [4 * PAIRS, BS, D], z_smem.layout)
+    place = (2 * wg + (step & 1)) * PAIRS
     mbarrier.wait(z_full.index(wg), step & 1)
     for i in range(PAIRS):
         pair = local * (2 * PAIRS) + wg * PAIRS + i
@@ -152,7 +155,7 @@ def _merge(
         m = m_hi - s
         start = ((b * S2).to(gl.int64) * G + bg % G) * D
         at = m[:, None] * (G * D) + d[None, :]
-        z = gl.where((m >= m_lo)[:, None], parts.index(wg * PAIRS + i).load(wide) * scale, 0.0)
+        z = gl.where((m >= m_lo)[:, None], parts.index(place + i).load(wide) * scale, 0.0)
         k2 = gl.load(k2_ptr + start + at, mask=(m >= m_lo)[:, None], other=0.0).to(gl.float32)
         out_at = ((b * T + query).to(gl.int64) * (R * G) + (bg % G) * R + pair % R) * D
         inside = (pair < T * R) & (d < D)
@@ -163,22 +166,20 @@ def _merge(
         else:
             out = gl.sum(z * (k2 + k2_bias), 0)
             gl.store(dq_ptr + out_at + d, out.to(dq_ptr.dtype.element_ty), mask=inside)
-    mbarrier.arrive(z_empty.index(wg), count=1)
 
 
 @gluon.jit
 @no_type_check
-def _hand_over(acc, z_smem, z_full, z_empty, step, WG: gl.constexpr):
-    mbarrier.wait(z_empty.index(WG), (step & 1) ^ 1)
-    z_smem.index(WG).store(acc)
+def _hand_over(acc, z_smem, z_full, turn, WG: gl.constexpr):
+    z_smem.index(2 * WG + (turn & 1)).store(acc)
     mbarrier.arrive(z_full.index(WG), count=1)
 
 
 @gluon.jit
 @no_type_check
 def _consumer(
-    k_smem, v_smem, u_smem, o_smem, z_smem, lse_smem, delta_smem,
-    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+    k_smem, v_smem, u_smem, z_smem, lse_smem, delta_smem,
+    k_full, k_empty, v_full, v_empty, u_full, z_full, order, reach_ptr,
     T, S1, w1, tiles, total, scale_log2,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr,
     HAS_DOCS: gl.constexpr, MANY: gl.constexpr, WG: gl.constexpr,
@@ -191,8 +192,6 @@ def _consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
 
-    u = u_smem.index(WG)
-    o = o_smem.index(WG)
     row = gl.arange(0, 64, layout=rows_s)
     column = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     zero = gl.zeros([64, BN], gl.float32, s_layout)
@@ -208,35 +207,36 @@ def _consumer(
         if MANY:
             query = gl.minimum((local * (2 * PAIRS) + WG * PAIRS + row // BS) // R, T - 1)
             row_lo, row_hi = visible(query, reach_ptr, bg // G, T, S1, w1, HAS_DOCS)
-        mbarrier.wait(u_full.index(WG), turn & 1)
-        lse = lse_smem.index(WG).load(rows_s)
-        delta = delta_smem.index(WG).load(rows_s)
+        u = u_smem.index(4 * WG + 2 * (turn & 1))
+        o = u_smem.index(4 * WG + 2 * (turn & 1) + 1)
+        mbarrier.wait(u_full.index(turn & 1), (turn >> 1) & 1)
+        lse = lse_smem.index(2 * WG + (turn & 1)).load(rows_s)
+        delta = delta_smem.index(2 * WG + (turn & 1)).load(rows_s)
         for n in range(blocks):
             slot = step % STAGES
             phase = (step // STAGES) & 1
             before = (step + STAGES - 1) % STAGES
             mbarrier.wait(k_full.index(slot), phase)
+            mbarrier.wait(order.index(WG), (step & 1) ^ 1 ^ WG)
             s_token = warpgroup_mma(u, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(slot), phase)
             dp_token = warpgroup_mma(o, v_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             acc_token = warpgroup_mma(d_s, k_smem.index(before), acc, is_async=True)
+            mbarrier.arrive(order.index(1 - WG), count=1)
             s, dp = warpgroup_mma_wait(1, deps=[s_token, dp_token])
             mbarrier.arrive(v_empty.index(slot), count=1)
-            mbarrier.arrive(u_empty.index(WG), count=1, pred=n == blocks - 1)
             p = gl.exp2(s * scale_log2 - lse[:, None])
             next_d_s = p * (dp - delta[:, None])
             if MANY:
                 next_d_s = gl.where(p == 0.0, 0.0, hide(next_d_s, start + n * BN + column, row_lo, row_hi, 0.0))
-            elif HAS_DOCS:
-                next_d_s = gl.where((start + n * BN + column >= all_lo)[None, :] & (p != 0.0), next_d_s, 0.0)
-            else:
+            elif start + n * BN < all_lo:  # only the first block can hold keys out of sight
                 next_d_s = gl.where((start + n * BN + column >= all_lo)[None, :], next_d_s, 0.0)
             next_d_s = gl.convert_layout(next_d_s.to(dtype), p_layout)
             acc, d_s = warpgroup_mma_wait(0, deps=[acc_token, next_d_s])
             mbarrier.arrive(k_empty.index(before), count=1, pred=step > 0)
             if n == 0:
                 if turn > 0:
-                    _hand_over(acc, z_smem, z_full, z_empty, turn - 1, WG)
+                    _hand_over(acc, z_smem, z_full, turn - 1, WG)
                 acc = gl.zeros([64, D], gl.float32, o_layout)
                 if start < lo:
                     clear_before(k_smem.index(slot), start, lo, D, BN)
@@ -246,7 +246,8 @@ def _consumer(
     before = (step + STAGES - 1) % STAGES
     acc_token = warpgroup_mma(d_s, k_smem.index(before), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc_token])
-    _hand_over(acc, z_smem, z_full, z_empty, turn - 1, WG)
+    mbarrier.wait(u_full.index(turn & 1), (turn >> 1) & 1)
+    _hand_over(acc, z_smem, z_full, turn - 1, WG)
 
 
 @gluon.jit
@@ -266,19 +267,17 @@ def backward_queries_kernel(
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
-    u_smem = gl.allocate_shared_memory(dtype, [2, 64, D], rows)
-    o_smem = gl.allocate_shared_memory(dtype, [2, 64, D], rows)
-    z_smem = gl.allocate_shared_memory(gl.float32, [2, 64, D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
-    lse_smem = gl.allocate_shared_memory(gl.float32, [2, 64], line)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [2, 64], line)
+    u_smem = gl.allocate_shared_memory(dtype, [8, 64, D], rows)  # (warpgroup, set, u or dO o v2)
+    z_smem = u_smem._reinterpret(gl.float32, [4, 64, D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+    lse_smem = gl.allocate_shared_memory(gl.float32, [4, 64], line)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [4, 64], line)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     u_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    u_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     z_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    z_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
@@ -286,32 +285,31 @@ def backward_queries_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(u_full.index(i), count=1)
-        mbarrier.init(u_empty.index(i), count=1)
         mbarrier.init(z_full.index(i), count=1)
-        mbarrier.init(z_empty.index(i), count=1)
+        mbarrier.init(order.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _consumer,
                 (
-                    k_smem, v_smem, u_smem, o_smem, z_smem, lse_smem, delta_smem,
-                    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+                    k_smem, v_smem, u_smem, z_smem, lse_smem, delta_smem,
+                    k_full, k_empty, v_full, v_empty, u_full, z_full, order, reach_ptr,
                     T, S1, w1, tiles, total, scale_log2, R, G, D, BN, BS, STAGES, HAS_DOCS, MANY, FIRST,
                 ),
             ),
             (
                 _consumer,
                 (
-                    k_smem, v_smem, u_smem, o_smem, z_smem, lse_smem, delta_smem,
-                    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+                    k_smem, v_smem, u_smem, z_smem, lse_smem, delta_smem,
+                    k_full, k_empty, v_full, v_empty, u_full, z_full, order, reach_ptr,
                     T, S1, w1, tiles, total, scale_log2, R, G, D, BN, BS, STAGES, HAS_DOCS, MANY, SECOND,
                 ),
             ),
             (
                 _shaper,
                 (
-                    u_smem, o_smem, z_smem, lse_smem, delta_smem, u_full, u_empty, z_full, z_empty,
+                    u_smem, z_smem, lse_smem, delta_smem, u_full, z_full,
                     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dqb_ptr, reach_ptr,
                     T, S2, w2, tiles, total, scale, k2_bias, v2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS, MANY,
                 ),

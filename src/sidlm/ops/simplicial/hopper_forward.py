@@ -3,8 +3,13 @@
 One block of threads owns an SM and walks over tiles of 128 rows (query, head, offset s) with four roles. One warp
 streams the keys and values of the tile's window through shared memory by TMA, 128 positions at a time. Two warpgroups
 of 64 rows each run the loop of flash attention over their virtual queries ``u = q o k2``, the scores of block n + 1
-issued before the values of block n. One warpgroup forms the virtual queries of the next tile and merges the rows of the
-last: a joint softmax over the offsets s of a (query, head), times v2. README.md has the derivation.
+issued before the values of block n. One warpgroup, the shaper, forms the virtual queries of the next tile and merges
+the rows of the last: a joint softmax over the offsets s of a (query, head), times v2. README.md has the derivation.
+
+Nobody waits for the shaper as long as it takes less than a tile's time for both. Each warpgroup has three slots of
+64 x D in half precision. The virtual queries of tile t lie in slot t % 3; its result in float32 takes that slot and the
+one before, (t + 2) % 3, while those of tile t + 1 are in the third. The shaper merges tile t before it forms tile
+t + 2, so one signal a direction is enough.
 
 Rows are packed in the order (query, head of the group, offset): any ratio of query heads to key heads fills the tile.
 """
@@ -41,37 +46,38 @@ from sidlm.ops.simplicial.prepare import Launch, Problem
 @gluon.jit
 @no_type_check
 def _shaper(
-    u_smem, z_smem, top_smem, sum_smem, u_full, u_empty, z_full, z_empty,
+    u_smem, z_smem, top_smem, sum_smem, u_full, z_full,
     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, out_ptr, lse_ptr, reach_ptr,
     T, S2, w2, tiles, total, scale_log2, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
     K2_BIAS: gl.constexpr, HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
-    """The elementwise ends of every tile: virtual queries in, merged outputs out, one tile behind."""
+    """The elementwise ends of every tile: virtual queries in, merged outputs out, two tiles behind."""
     local, bg, local_stride, bg_stride = first_tile(tiles)
-    old_local = local - local_stride  # not a second name of `local`: the compiler would not carry it round the loop
-    old_bg = bg - bg_stride
+    old_local, old_bg, _a, _b = first_tile(tiles)
     steps = gl.cdiv(total - gl.program_id(0), gl.num_programs(0))
-    for step in range(steps + 1):
-        if step < steps:
-            _form(u_smem, u_full, u_empty, step, local, bg, q_ptr, qb_ptr, k2_ptr, k2b_ptr, T, S2, k2_bias,
-                  R, G, D, BS, DETERMINANT, K2_BIAS, MANY)  # fmt: skip
-        if step > 0:
-            _merge(z_smem, top_smem, sum_smem, z_full, z_empty, step - 1, old_local, old_bg, v2_ptr, out_ptr,
+    for step in range(steps + 2):
+        if step >= 2:
+            _merge(z_smem, top_smem, sum_smem, z_full, step - 2, old_local, old_bg, v2_ptr, out_ptr,
                    lse_ptr, reach_ptr, T, S2, w2, scale_log2, v2_bias, R, G, D, BS, HAS_DOCS, MANY)  # fmt: skip
-        old_local = local
-        old_bg = bg
-        local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+            old_local, old_bg = next_tile(old_local, old_bg, tiles, local_stride, bg_stride)
+        if step < steps:
+            _form(u_smem, step, local, bg, q_ptr, qb_ptr, k2_ptr, k2b_ptr, T, S2, k2_bias,
+                  R, G, D, BS, DETERMINANT, K2_BIAS, MANY)  # fmt: skip
+            local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+            fence_async_shared()
+        if step <= steps:  # one signal more than tiles: it lets the last result in
+            mbarrier.arrive(u_full.index(step & 1), count=1)
 
 
 @gluon.jit
 @no_type_check
 def _form(
-    u_smem, u_full, u_empty, step, local, bg, q_ptr, qb_ptr, k2_ptr, k2b_ptr, T, S2, k2_bias,
+    u_smem, step, local, bg, q_ptr, qb_ptr, k2_ptr, k2b_ptr, T, S2, k2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
     K2_BIAS: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
-    """u = q o k2, or k2 x q from permuted copies, into shared memory. What can be loaded early is: the tile waits."""
+    """u = q o k2, or k2 x q from permuted copies, into shared memory."""
     layout: gl.constexpr = gl.BlockedLayout([64 // BS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
     first = local * (2 * (64 // BS))
     second = first + 64 // BS
@@ -84,30 +90,26 @@ def _form(
     if DETERMINANT:
         k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
         qb = load_pairs(qb_ptr, first, b, bg % G, T, R, G, BS, D, layout)
-    _combine(u_smem.index(0), u_full.index(0), u_empty.index(0), step, q, qb, k2, k2b, k2_bias,
-             D, BS, DETERMINANT, K2_BIAS)  # fmt: skip
+    _combine(u_smem.index(step % 3), q, qb, k2, k2b, k2_bias, D, BS, DETERMINANT, K2_BIAS)
     if MANY:
         k2 = load_offsets(k2_ptr, second, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
         k2b = k2
         if DETERMINANT:
             k2b = load_offsets(k2b_ptr, second, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
     qb_second = q_second
-    if DETERMINANT:  # not earlier: registers are short
-        q_second = load_pairs(q_ptr, second, b, bg % G, T, R, G, BS, D, layout)
+    if DETERMINANT:
         qb_second = load_pairs(qb_ptr, second, b, bg % G, T, R, G, BS, D, layout)
-    _combine(u_smem.index(1), u_full.index(1), u_empty.index(1), step, q_second, qb_second, k2, k2b, k2_bias,
-             D, BS, DETERMINANT, K2_BIAS)  # fmt: skip
+    _combine(u_smem.index(3 + step % 3), q_second, qb_second, k2, k2b, k2_bias, D, BS, DETERMINANT, K2_BIAS)
 
 
 @gluon.jit
 @no_type_check
 def _combine(
-    u_smem, u_full, u_empty, step, q, qb, k2, k2b, k2_bias,
+    u_smem, q, qb, k2, k2b, k2_bias,
     D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = u_smem.dtype
     multiply: gl.constexpr = "mul.bf16x2 $0, $1, $2;" if dtype == gl.bfloat16 else "mul.f16x2 $0, $1, $2;"
-    mbarrier.wait(u_empty, (step & 1) ^ 1)
     if DETERMINANT:
         u = (k2.to(gl.float32) * qb.to(gl.float32) - k2b.to(gl.float32) * q.to(gl.float32)).to(dtype)
     elif K2_BIAS:
@@ -118,14 +120,12 @@ def _combine(
             multiply, "=r,r,r", [q, k2.broadcast_to([64 // BS, BS, D])], dtype=q.dtype, is_pure=True, pack=2
         )
     u_smem.store(gl.reshape(u, [64, D]))
-    fence_async_shared()
-    mbarrier.arrive(u_full, count=1)
 
 
 @gluon.jit
 @no_type_check
 def _merge(
-    z_smem, top_smem, sum_smem, z_full, z_empty, step, local, bg, v2_ptr, out_ptr, lse_ptr, reach_ptr,
+    z_smem, top_smem, sum_smem, z_full, step, local, bg, v2_ptr, out_ptr, lse_ptr, reach_ptr,
     T, S2, w2, scale_log2, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, HAS_DOCS: gl.constexpr,
     MANY: gl.constexpr,
@@ -134,12 +134,12 @@ def _merge(
     PAIRS: gl.constexpr = 64 // BS
     LN2: gl.constexpr = 0.6931471805599453
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])  # [PAIRS, BS]
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])  # sums over rows stay in a warp
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
-    s = gl.arange(0, BS, layout=gl.SliceLayout(1, wide))
+    half: gl.constexpr = gl.BlockedLayout([2, 2], [512 // D, D // 16], [1, 4], [1, 0])  # sums over rows stay in a warp
+    d = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
+    s = gl.arange(0, BS, layout=gl.SliceLayout(1, half))
     b = bg // G
     table: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    parts = z_smem._reinterpret(gl.float32, [2 * PAIRS, BS, D], z_smem.layout)
+    parts = z_smem._reinterpret(gl.float32, [6 * PAIRS, BS, D // 2], z_smem.layout)
     weights = sum_smem._reinterpret(gl.float32, [2 * PAIRS, BS], sum_smem.layout)
     tops = top_smem._reinterpret(gl.float32, [2, PAIRS, BS], table)
     sums_in = sum_smem._reinterpret(gl.float32, [2, PAIRS, BS], table)
@@ -147,9 +147,13 @@ def _merge(
     if not MANY:  # one query, so one set of v2 for all pairs of the tile
         m_lo, m_hi = visible(gl.minimum(local * (2 * PAIRS) // R, T - 1), reach_ptr, b, T, S2, w2, HAS_DOCS)
         m = m_hi - s
-        v2 = gl.load(v2_ptr + v2_start + (m[:, None] * (G * D) + d[None, :]), mask=(m >= m_lo)[:, None], other=0.0)
+        at = v2_ptr + v2_start + (m[:, None] * (G * D) + d[None, :])
+        v2_low = gl.load(at, mask=(m >= m_lo)[:, None], other=0.0)
+        v2_high = gl.load(at + D // 2, mask=(m >= m_lo)[:, None], other=0.0)
     for wg in range(2):
         first = local * (2 * PAIRS) + wg * PAIRS
+        low = (3 * wg + step % 3) * PAIRS
+        high = (3 * wg + (step + 2) % 3) * PAIRS
         pairs = first + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, flat))
         lo, hi = visible(gl.minimum(pairs // R, T - 1), reach_ptr, b, T, S2, w2, HAS_DOCS)
         seen = hi[:, None] - gl.arange(0, BS, layout=gl.SliceLayout(0, flat))[None, :] >= lo[:, None]
@@ -169,23 +173,33 @@ def _merge(
             if MANY:
                 m_lo, m_hi = visible(query, reach_ptr, b, T, S2, w2, HAS_DOCS)
                 m = m_hi - s
-                v2 = gl.load(
-                    v2_ptr + v2_start + (m[:, None] * (G * D) + d[None, :]), mask=(m >= m_lo)[:, None], other=0.0
-                )
-            value = v2.to(gl.float32) + v2_bias
-            w = weights.index(wg * PAIRS + i).load(gl.SliceLayout(1, wide))
-            product = parts.index(wg * PAIRS + i).load(wide) * value * w[:, None]
-            out = gl.sum(gl.where((m >= m_lo)[:, None], product, 0.0), 0)  # rows out of sight may be NaN
-            at = (b * T + query).to(gl.int64) * (R * G) + (bg % G) * R + (first + i) % R
-            gl.store(out_ptr + at * D + d, out.to(out_ptr.dtype.element_ty), mask=(first + i < T * R) & (d < D))
-        mbarrier.arrive(z_empty.index(wg), count=1)
+                at = v2_ptr + v2_start + (m[:, None] * (G * D) + d[None, :])
+                v2_low = gl.load(at, mask=(m >= m_lo)[:, None], other=0.0)
+                v2_high = gl.load(at + D // 2, mask=(m >= m_lo)[:, None], other=0.0)
+            w = weights.index(wg * PAIRS + i).load(gl.SliceLayout(1, half))
+            row = (b * T + query).to(gl.int64) * (R * G) + (bg % G) * R + (first + i) % R
+            here = out_ptr + row * D + d
+            inside = (first + i < T * R) & (d < D)
+            out = _weigh(parts.index(low + i), v2_low, v2_bias, w, m >= m_lo, half)
+            gl.store(here, out.to(out_ptr.dtype.element_ty), mask=inside)
+            out = _weigh(parts.index(high + i), v2_high, v2_bias, w, m >= m_lo, half)
+            gl.store(here + D // 2, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
 @no_type_check
-def _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, step, WG: gl.constexpr):
-    mbarrier.wait(z_empty.index(WG), (step & 1) ^ 1)
-    z_smem.index(WG).store(acc)
+def _weigh(part, v2, v2_bias, w, seen, layout: gl.constexpr):
+    """sum_s w_s part_s o (v2_s + bias) [D // 2]; rows out of sight may be NaN."""
+    return gl.sum(gl.where(seen[:, None], part.load(layout) * w[:, None] * (v2.to(gl.float32) + v2_bias), 0.0), 0)
+
+
+@gluon.jit
+@no_type_check
+def _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, turn, D: gl.constexpr, WG: gl.constexpr):
+    """The result of a tile to the shaper: halves of the columns in the slots that do not hold virtual queries."""
+    low, high = gl.split(gl.permute(gl.reshape(acc, [64, 2, D // 2]), (0, 2, 1)))
+    z_smem.index(3 * WG + turn % 3).store(low)
+    z_smem.index(3 * WG + (turn + 2) % 3).store(high)
     top_smem.index(WG).store(top)
     sum_smem.index(WG).store(weight_sum)
     mbarrier.arrive(z_full.index(WG), count=1)
@@ -195,7 +209,7 @@ def _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty
 @no_type_check
 def _consumer(
     k_smem, v_smem, u_smem, z_smem, top_smem, sum_smem,
-    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+    k_full, k_empty, v_full, v_empty, u_full, z_full, order, reach_ptr,
     T, S1, w1, tiles, total, scale_log2,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, BS: gl.constexpr, STAGES: gl.constexpr,
     HAS_DOCS: gl.constexpr, MANY: gl.constexpr, WG: gl.constexpr,
@@ -209,7 +223,6 @@ def _consumer(
     rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
 
-    u = u_smem.index(WG)
     row = gl.arange(0, 64, layout=rows_s)
     column = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     zero = gl.zeros([64, BN], gl.float32, s_layout)
@@ -227,18 +240,20 @@ def _consumer(
         if MANY:
             query = gl.minimum((local * (2 * PAIRS) + WG * PAIRS + row // BS) // R, T - 1)
             row_lo, row_hi = visible(query, reach_ptr, bg // G, T, S1, w1, HAS_DOCS)
-        mbarrier.wait(u_full.index(WG), turn & 1)
+        u = u_smem.index(3 * WG + turn % 3)
+        mbarrier.wait(u_full.index(turn & 1), (turn >> 1) & 1)
         for n in range(blocks):
             slot = step % STAGES
             phase = (step // STAGES) & 1
             before = (step + STAGES - 1) % STAGES
             mbarrier.wait(k_full.index(slot), phase)
+            mbarrier.wait(order.index(WG), (step & 1) ^ 1 ^ WG)
             token = warpgroup_mma(u, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(before), ((step + STAGES - 1) // STAGES + 1) & 1, pred=step > 0)
             acc_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+            mbarrier.arrive(order.index(1 - WG), count=1)
             s = warpgroup_mma_wait(1, deps=[token])
             mbarrier.arrive(k_empty.index(slot), count=1)
-            mbarrier.arrive(u_empty.index(WG), count=1, pred=n == blocks - 1)
             if MANY:
                 s = hide(s, start + n * BN + column, row_lo, row_hi, -float("inf"))
             elif start + n * BN < all_lo:  # blocks end at the last key: only the first can hold keys out of sight
@@ -253,7 +268,7 @@ def _consumer(
             mbarrier.arrive(v_empty.index(before), count=1, pred=step > 0)
             if n == 0:
                 if turn > 0:
-                    _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, turn - 1, WG)
+                    _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, turn - 1, D, WG)
                 acc = gl.zeros([64, D], gl.float32, o_layout)
                 if start < lo:
                     mbarrier.wait(v_full.index(slot), phase)
@@ -269,7 +284,8 @@ def _consumer(
     mbarrier.wait(v_full.index(before), ((step + STAGES - 1) // STAGES + 1) & 1)
     acc_token = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc_token])
-    _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, z_empty, turn - 1, WG)
+    mbarrier.wait(u_full.index(turn & 1), (turn >> 1) & 1)
+    _hand_over(acc, top, weight_sum, z_smem, top_smem, sum_smem, z_full, turn - 1, D, WG)
 
 
 @gluon.jit
@@ -284,13 +300,13 @@ def forward_kernel(
     PAIRS: gl.constexpr = 64 // BS
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    spread: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])  # no bank twice when accumulators are written
+    spread: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])  # no bank twice when results are written or read
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
-    u_smem = gl.allocate_shared_memory(dtype, [2, 64, D], gl.NVMMASharedLayout.get_default_for([64, D], dtype))
-    z_smem = gl.allocate_shared_memory(gl.float32, [2, 64, D], spread)
+    u_smem = gl.allocate_shared_memory(dtype, [6, 64, D], gl.NVMMASharedLayout.get_default_for([64, D], dtype))
+    z_smem = u_smem._reinterpret(gl.float32, [6, 64, D // 2], spread)
     top_smem = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     sum_smem = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
@@ -298,9 +314,8 @@ def forward_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     u_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    u_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     z_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    z_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
@@ -308,9 +323,8 @@ def forward_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(u_full.index(i), count=1)
-        mbarrier.init(u_empty.index(i), count=1)
         mbarrier.init(z_full.index(i), count=1)
-        mbarrier.init(z_empty.index(i), count=1)
+        mbarrier.init(order.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -318,7 +332,7 @@ def forward_kernel(
                 _consumer,
                 (
                     k_smem, v_smem, u_smem, z_smem, top_smem, sum_smem,
-                    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+                    k_full, k_empty, v_full, v_empty, u_full, z_full, order, reach_ptr,
                     T, S1, w1, tiles, total, scale_log2,
                     R, G, D, BN, BS, STAGES, HAS_DOCS, MANY, FIRST,
                 ),
@@ -327,7 +341,7 @@ def forward_kernel(
                 _consumer,
                 (
                     k_smem, v_smem, u_smem, z_smem, top_smem, sum_smem,
-                    k_full, k_empty, v_full, v_empty, u_full, u_empty, z_full, z_empty, reach_ptr,
+                    k_full, k_empty, v_full, v_empty, u_full, z_full, order, reach_ptr,
                     T, S1, w1, tiles, total, scale_log2,
                     R, G, D, BN, BS, STAGES, HAS_DOCS, MANY, SECOND,
                 ),
@@ -335,7 +349,7 @@ def forward_kernel(
             (
                 _shaper,
                 (
-                    u_smem, z_smem, top_smem, sum_smem, u_full, u_empty, z_full, z_empty,
+                    u_smem, z_smem, top_smem, sum_smem, u_full, z_full,
                     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, out_ptr, lse_ptr, reach_ptr,
                     T, S2, w2, tiles, total, scale_log2, k2_bias, v2_bias,
                     R, G, D, BS, DETERMINANT, K2_BIAS, HAS_DOCS, MANY,

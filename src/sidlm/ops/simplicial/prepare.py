@@ -18,6 +18,7 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 WIDE = 1 << 31  # elements of a sequence from which offsets take 64 bits
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: a question that torch.compile cannot trace
 NOWHERE = 1 << 30  # a position before or after every other, far from the ends of int32
 
 
@@ -115,7 +116,7 @@ def reach(doc_ids: Tensor | None, steps: int) -> Tensor | None:
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run, in words, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
@@ -129,7 +130,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Gluon kernels for Hopper cannot run, in words, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernels take bfloat16 and float16, not {dtype}"

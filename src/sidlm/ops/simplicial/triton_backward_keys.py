@@ -191,7 +191,12 @@ def cut(p: Problem, arch: str) -> Shares:
     """Chunks of m: few (each costs memory), but enough programs to fill a device."""
     batch, _, s1, s2, groups, per_group, dim = p.shape
     tile = choose_tile(KEY_TILES, arch, p.q)
-    tile = tile._replace(bn=min(tile.bn, prepare.next_power(p.w2 * per_group, 16)))
+    rows = prepare.next_power(p.w2 * per_group, 16)
+    if rows < tile.bn:
+        # All rows that see an m in one tile: there is no next one to load ahead. Nor may Triton try: products with
+        # fewer than 64 rows are not wgmma, those that sum over the rows are, and where both read a tile its pipeliner
+        # (3.6, 3.7) copies the next one, here zeros, into the only buffer that wgmma in flight still read
+        tile = tile._replace(bn=rows, stages=1)
     key_blocks = -(-s1 // tile.m)
     span = min(p.w1 + p.w2 + tile.m - 2, s2)
     slots = max(1, min(-(-PROGRAMS // (batch * groups * key_blocks)), span // 8))
