@@ -191,6 +191,9 @@ def _consumer(
                     if (first < all_lo) | (last > all_hi):  # rows of another document, or none: 0 * NaN is NaN
                         _clear_outside(q, row + n * 64, all_lo * R, (all_hi + 1) * R, D)
                         _clear_outside(d_out, row + n * 64, all_lo * R, (all_hi + 1) * R, D)
+                        i = (row + n * 64 + column) // R
+                        delta = delta_smem.index(slot).load(columns)
+                        delta_smem.index(slot).store(gl.where((i >= all_lo) & (i <= all_hi), delta, 0.0))
                         fence_async_shared()
                         thread_barrier()
                 s_token = warpgroup_mma(kappa, q.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -212,14 +215,11 @@ def _consumer(
                         own = gl.load(reach_ptr + b * T + gl.minimum(i, T - 1))
                         both = both & (i[None, :] - jt[:, None] < own[None, :]) & (i - t < own)[None, :]
                     p = gl.where(both, p, 0.0)
+                delta = delta_smem.index(slot).load(columns)
                 weights = gl.convert_layout(p.to(dtype), p_layout)
                 d_nu_token = warpgroup_mma(weights, d_out, d_nu, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=[dp_token])
-                delta = delta_smem.index(slot).load(columns)
-                d_s = p * (dp - delta[None, :])
-                if not whole:
-                    d_s = gl.where(p == 0.0, 0.0, d_s)
-                d_weights = gl.convert_layout(d_s.to(dtype), p_layout)
+                d_weights = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), p_layout)
                 d_kappa_token = warpgroup_mma(d_weights, q, d_kappa, is_async=True)
                 d_nu, d_kappa = warpgroup_mma_wait(0, deps=[d_nu_token, d_kappa_token])
             mbarrier.arrive(empty.index(slot), count=1)
@@ -332,12 +332,12 @@ class Shares(NamedTuple):
 
 
 def cut(p: Problem) -> Shares:
-    """Chunks of m: few (each costs memory), but eight programs a processor if the work gives them."""
+    """Chunks of m: few (each costs memory), but forty programs of a processor, for their sizes differ."""
     batch, _, s1, _, groups, _, _ = p.shape
     blocks = -(-s1 // 64)
     span = 64 + p.w1 + p.w2 - 2  # positions m that meet a block of keys
-    wanted = max(1, -(-8 * processors(p.q.device) // (blocks * batch * groups)))
-    chunk = next_power(-(-span // wanted), 8)
+    wanted = max(1, -(-40 * processors(p.q.device) // (blocks * batch * groups)))
+    chunk = next_power(-(-span // wanted), 16)
     return Shares(blocks, chunk, -(-(span - 1) // chunk) + 1, -(-(p.w1 + p.w2 - 2) // 64) + 1)
 
 

@@ -49,83 +49,93 @@ def _shaper(
     local, bg, local_stride, bg_stride = first_tile(tiles)
     old_local, old_bg, _a, _b = first_tile(tiles)
     steps = gl.cdiv(total - gl.program_id(0), gl.num_programs(0))
-    for step in range(steps + 2):
+    for step in range(steps):
         if step >= 2:
-            for wg in range(2):
-                _merge(z_smem, z_full, step - 2, old_local, old_bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr,
-                       reach_ptr, T, S2, w2, scale, k2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS)  # fmt: skip
+            _merge(z_smem, z_full, step - 2, old_local, old_bg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr, reach_ptr,
+                   T, S2, w2, scale, k2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS, MANY)  # fmt: skip
             old_local, old_bg = next_tile(old_local, old_bg, tiles, local_stride, bg_stride)
-        if step < steps:
-            _form(u_smem, lse_smem, delta_smem, step & 1, local, bg,
-                  q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
-                  T, S2, w2, k2_bias, v2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS, MANY)  # fmt: skip
-            local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
-            fence_async_shared()
-        if step <= steps:  # one signal more than tiles: it lets the last result in
-            mbarrier.arrive(u_full.index(step & 1), count=1)
+        first = local * (2 * (64 // BS))
+        q, d_out, lse, delta = _fetch(first, bg, q_ptr, do_ptr, lse_ptr, delta_ptr, T, R, G, D, BS)
+        second = first + 64 // BS
+        q2, d_out2, lse2, delta2 = _fetch(second, bg, q_ptr, do_ptr, lse_ptr, delta_ptr, T, R, G, D, BS)
+        place = step & 1
+        _form(u_smem, 2 * place, first, bg, q, d_out, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, T, S2, k2_bias, v2_bias,
+              R, G, D, BS, DETERMINANT, MANY)  # fmt: skip
+        _form(u_smem, 4 + 2 * place, second, bg, q2, d_out2, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, T, S2, k2_bias, v2_bias,
+              R, G, D, BS, DETERMINANT, MANY)  # fmt: skip
+        _statistics(lse_smem, delta_smem, place, first, bg, lse, delta, reach_ptr, T, S2, w2, R, G, BS, HAS_DOCS)
+        _statistics(lse_smem, delta_smem, 2 + place, second, bg, lse2, delta2, reach_ptr, T, S2, w2, R, G, BS, HAS_DOCS)
+        fence_async_shared()
+        mbarrier.arrive(u_full.index(place), count=1)
+        local, bg = next_tile(local, bg, tiles, local_stride, bg_stride)
+    for step in range(gl.maximum(steps, 2), steps + 2):
+        if step > steps:  # one signal more than tiles: it lets the last result in
+            mbarrier.arrive(u_full.index(steps & 1), count=1)
+        _merge(z_smem, z_full, step - 2, old_local, old_bg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr, reach_ptr,
+               T, S2, w2, scale, k2_bias, R, G, D, BS, DETERMINANT, HAS_DOCS, MANY)  # fmt: skip
+        old_local, old_bg = next_tile(old_local, old_bg, tiles, local_stride, bg_stride)
+
+
+@gluon.jit
+@no_type_check
+def _fetch(
+    first, bg, q_ptr, do_ptr, lse_ptr, delta_ptr, T,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr,
+):  # fmt: skip
+    """What memory alone has of 64 // BS pairs: q and dO [pairs, 1, D], LSE and delta [pairs]."""
+    PAIRS: gl.constexpr = 64 // BS
+    layout: gl.constexpr = gl.BlockedLayout([PAIRS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])  # [PAIRS, BS]
+    b = bg // G
+    q = load_pairs(q_ptr, first, b, bg % G, T, R, G, BS, D, layout)
+    d_out = load_pairs(do_ptr, first, b, bg % G, T, R, G, BS, D, layout)
+    pairs = first + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, flat))
+    at = (b * T + pairs // R).to(gl.int64) * (R * G) + (bg % G) * R + pairs % R
+    lse = gl.load(lse_ptr + at, mask=pairs < T * R, other=-float("inf"))
+    delta = gl.load(delta_ptr + at, mask=pairs < T * R, other=0.0)
+    return q, d_out, lse, delta
 
 
 @gluon.jit
 @no_type_check
 def _form(
-    u_smem, lse_smem, delta_smem, place, local, bg,
-    q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
-    T, S2, w2, k2_bias, v2_bias,
+    u_smem, place, first, bg, q, d_out, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, T, S2, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
-    HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
+    MANY: gl.constexpr,
 ):  # fmt: skip
-    """u, dO o v2, and for every row its pair's LSE (infinite for offsets out of sight) and delta."""
-    PAIRS: gl.constexpr = 64 // BS
+    """u and dO o v2 of the 64 rows of a warpgroup."""
     dtype: gl.constexpr = u_smem.dtype
-    layout: gl.constexpr = gl.BlockedLayout([PAIRS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([64 // BS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
     b = bg // G
-    first = local * (2 * PAIRS)
-    k2 = load_offsets(k2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
-    v2 = load_offsets(v2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
-    k2b = k2
+    k2 = load_offsets(k2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout).to(gl.float32)
+    v2 = load_offsets(v2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout).to(gl.float32)
     if DETERMINANT:
-        k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
-    for wg in gl.static_range(2):
-        pair = first + wg * PAIRS
-        if MANY and wg == 1:
-            k2 = load_offsets(k2_ptr, pair, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
-            v2 = load_offsets(v2_ptr, pair, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
-            k2b = k2
-            if DETERMINANT:
-                k2b = load_offsets(k2b_ptr, pair, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
-        q = load_pairs(q_ptr, pair, b, bg % G, T, R, G, BS, D, layout).to(gl.float32)
-        d_out = load_pairs(do_ptr, pair, b, bg % G, T, R, G, BS, D, layout).to(gl.float32)
-        if DETERMINANT:
-            qb = load_pairs(qb_ptr, pair, b, bg % G, T, R, G, BS, D, layout).to(gl.float32)
-            u = k2.to(gl.float32) * qb - k2b.to(gl.float32) * q
-        else:
-            u = q * (k2.to(gl.float32) + k2_bias)
-        o = d_out * (v2.to(gl.float32) + v2_bias)
-        u_smem.index(4 * wg + 2 * place).store(gl.reshape(u.to(dtype), [64, D]))
-        u_smem.index(4 * wg + 2 * place + 1).store(gl.reshape(o.to(dtype), [64, D]))
-        _statistics(lse_smem, delta_smem, pair, 2 * wg + place, b, bg % G, lse_ptr, delta_ptr, reach_ptr,
-                    T, S2, w2, R, G, BS, HAS_DOCS)  # fmt: skip
+        k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout).to(gl.float32)
+        qb = load_pairs(qb_ptr, first, b, bg % G, T, R, G, BS, D, layout).to(gl.float32)
+        u = k2 * qb - k2b * q.to(gl.float32)
+    else:
+        u = q.to(gl.float32) * (k2 + k2_bias)
+    u_smem.index(place).store(gl.reshape(u.to(dtype), [64, D]))
+    o = d_out.to(gl.float32) * (v2 + v2_bias)
+    u_smem.index(place + 1).store(gl.reshape(o.to(dtype), [64, D]))
 
 
 @gluon.jit
 @no_type_check
 def _statistics(
-    lse_smem, delta_smem, first, place, b, group, lse_ptr, delta_ptr, reach_ptr, T, S2, w2,
+    lse_smem, delta_smem, place, first, bg, lse, delta, reach_ptr, T, S2, w2,
     R: gl.constexpr, G: gl.constexpr, BS: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
+    """For every row its pair's LSE, in powers of two, infinite for offsets out of sight, and delta."""
     PAIRS: gl.constexpr = 64 // BS
     LOG2E: gl.constexpr = 1.4426950408889634
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])  # [PAIRS, BS]
     table: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     pairs = first + gl.arange(0, PAIRS, layout=gl.SliceLayout(1, flat))
-    inside = pairs < T * R
-    lo, hi = visible(gl.minimum(pairs // R, T - 1), reach_ptr, b, T, S2, w2, HAS_DOCS)
+    lo, hi = visible(gl.minimum(pairs // R, T - 1), reach_ptr, bg // G, T, S2, w2, HAS_DOCS)
     seen = hi[:, None] - gl.arange(0, BS, layout=gl.SliceLayout(0, flat))[None, :] >= lo[:, None]
-    row_at = (b * T + pairs // R).to(gl.int64) * (R * G) + group * R + pairs % R
-    lse = gl.load(lse_ptr + row_at, mask=inside, other=-float("inf")) * LOG2E
     seen = seen & (lse > -float("inf"))[:, None]
-    delta = gl.load(delta_ptr + row_at, mask=inside, other=0.0)
-    lse = gl.where(seen, lse[:, None], float("inf"))
+    lse = gl.where(seen, (lse * LOG2E)[:, None], float("inf"))
     lse_smem._reinterpret(gl.float32, [4, PAIRS, BS], table).index(place).store(lse)
     delta = gl.where(seen, delta[:, None], 0.0)
     delta_smem._reinterpret(gl.float32, [4, PAIRS, BS], table).index(place).store(delta)
@@ -134,10 +144,10 @@ def _statistics(
 @gluon.jit
 @no_type_check
 def _merge(
-    z_smem, z_full, step, local, bg, wg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr, reach_ptr,
+    z_smem, z_full, step, local, bg, k2_ptr, k2b_ptr, dq_ptr, dqb_ptr, reach_ptr,
     T, S2, w2, scale, k2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr,
-    HAS_DOCS: gl.constexpr,
+    HAS_DOCS: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum_s dU o k2; for the determinant the two sums with permuted k2, still to be put in place."""
     PAIRS: gl.constexpr = 64 // BS
@@ -146,26 +156,38 @@ def _merge(
     s = gl.arange(0, BS, layout=gl.SliceLayout(1, wide))
     b = bg // G
     parts = z_smem._reinterpret(gl.float32, [4 * PAIRS, BS, D], z_smem.layout)
-    place = (2 * wg + (step & 1)) * PAIRS
-    mbarrier.wait(z_full.index(wg), step & 1)
-    for i in range(PAIRS):
-        pair = local * (2 * PAIRS) + wg * PAIRS + i
-        query = gl.minimum(pair // R, T - 1)
-        m_lo, m_hi = visible(query, reach_ptr, b, T, S2, w2, HAS_DOCS)
+    start = ((b * S2).to(gl.int64) * G + bg % G) * D
+    if not MANY:  # one query, so one set of k2 for all pairs of the tile
+        m_lo, m_hi = visible(gl.minimum(local * (2 * PAIRS) // R, T - 1), reach_ptr, b, T, S2, w2, HAS_DOCS)
         m = m_hi - s
-        start = ((b * S2).to(gl.int64) * G + bg % G) * D
-        at = m[:, None] * (G * D) + d[None, :]
-        z = gl.where((m >= m_lo)[:, None], parts.index(place + i).load(wide) * scale, 0.0)
-        k2 = gl.load(k2_ptr + start + at, mask=(m >= m_lo)[:, None], other=0.0).to(gl.float32)
-        out_at = ((b * T + query).to(gl.int64) * (R * G) + (bg % G) * R + pair % R) * D
-        inside = (pair < T * R) & (d < D)
+        at = start + m[:, None] * (G * D) + d[None, :]
+        k2 = gl.load(k2_ptr + at, mask=(m >= m_lo)[:, None], other=0.0)
+        k2b = k2
         if DETERMINANT:
-            gl.store(dq_ptr + out_at + d, gl.sum(z * k2, 0), mask=inside)
-            k2b = gl.load(k2b_ptr + start + at, mask=(m >= m_lo)[:, None], other=0.0).to(gl.float32)
-            gl.store(dqb_ptr + out_at + d, gl.sum(z * k2b, 0), mask=inside)
-        else:
-            out = gl.sum(z * (k2 + k2_bias), 0)
-            gl.store(dq_ptr + out_at + d, out.to(dq_ptr.dtype.element_ty), mask=inside)
+            k2b = gl.load(k2b_ptr + at, mask=(m >= m_lo)[:, None], other=0.0)
+    for wg in range(2):
+        place = (2 * wg + (step & 1)) * PAIRS
+        mbarrier.wait(z_full.index(wg), step & 1)
+        for i in range(PAIRS):
+            pair = local * (2 * PAIRS) + wg * PAIRS + i
+            query = gl.minimum(pair // R, T - 1)
+            if MANY:
+                m_lo, m_hi = visible(query, reach_ptr, b, T, S2, w2, HAS_DOCS)
+                m = m_hi - s
+                at = start + m[:, None] * (G * D) + d[None, :]
+                k2 = gl.load(k2_ptr + at, mask=(m >= m_lo)[:, None], other=0.0)
+                k2b = k2
+                if DETERMINANT:
+                    k2b = gl.load(k2b_ptr + at, mask=(m >= m_lo)[:, None], other=0.0)
+            z = gl.where((m >= m_lo)[:, None], parts.index(place + i).load(wide), 0.0)
+            out_at = ((b * T + query).to(gl.int64) * (R * G) + (bg % G) * R + pair % R) * D
+            inside = (pair < T * R) & (d < D)
+            if DETERMINANT:
+                gl.store(dq_ptr + out_at + d, gl.sum(z * k2.to(gl.float32), 0) * scale, mask=inside)
+                gl.store(dqb_ptr + out_at + d, gl.sum(z * k2b.to(gl.float32), 0) * scale, mask=inside)
+            else:
+                out = gl.sum(z * (k2.to(gl.float32) + k2_bias), 0) * scale
+                gl.store(dq_ptr + out_at + d, out.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -262,6 +284,8 @@ def backward_queries_kernel(
     PAIRS: gl.constexpr = 64 // BS
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
+    CONSUMER: gl.constexpr = 176 if DETERMINANT else 184  # registers; its shaper has twice as much to load
+    SHAPER: gl.constexpr = 136 if DETERMINANT else 120
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -323,7 +347,7 @@ def backward_queries_kernel(
             ),
         ],
         [4, 4, 1],
-        [184, 120, 24],
+        [CONSUMER, SHAPER, 24],
     )  # fmt: skip
 
 
