@@ -294,6 +294,7 @@ class gl:
     expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
     reshape = staticmethod(lambda x, shape: x.reshape([int(s) for s in shape]))
     zeros_like = staticmethod(torch.zeros_like)
+    broadcast = staticmethod(torch.broadcast_tensors)
     permute = staticmethod(lambda x, order: x.permute(*order))
     split = staticmethod(lambda x: x.unbind(-1))
 

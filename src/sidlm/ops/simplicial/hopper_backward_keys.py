@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sidlm.ops.simplicial.hopper_tiles import descriptor, processors, thread_barrier
+from sidlm.ops.simplicial.hopper_tiles import descriptor, processors, thread_barrier, virtual_queries
 from sidlm.ops.simplicial.prepare import LOG2E, Launch, Problem, next_power
 
 
@@ -132,12 +132,45 @@ def _clear_outside(tile, row, lo, hi, D: gl.constexpr):
 
 @gluon.jit
 @no_type_check
+def _skip(full, empty, step, STAGES: gl.constexpr):
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    mbarrier.arrive(empty.index(step % STAGES), count=1)
+
+
+@gluon.jit
+@no_type_check
+def _prepare(
+    u, q_smem, do_smem, delta_smem, full, step, k2, k2_bias, row, all_lo, all_hi,
+    R: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, K2_BIAS: gl.constexpr,
+):  # fmt: skip
+    """The virtual queries u of a tile, as soon as it is there."""
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slot = step % STAGES
+    q = q_smem.index(slot)
+    mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+    if R % 64 != 0:  # noqa: SIM102 (a constant: not compiled otherwise)
+        if (row // R < all_lo) | ((row + 63) // R > all_hi):  # rows of another document, or none: 0 * NaN is NaN
+            _clear_outside(q, row, all_lo * R, (all_hi + 1) * R, D)
+            _clear_outside(do_smem.index(slot), row, all_lo * R, (all_hi + 1) * R, D)
+            rows = row + gl.arange(0, 64, layout=flat)
+            delta = delta_smem.index(slot).load(flat)
+            inside = (rows >= all_lo * R) & (rows < (all_hi + 1) * R)
+            delta_smem.index(slot).store(gl.where(inside, delta, 0.0))
+            thread_barrier()
+    u.store(virtual_queries(q.load(wide), k2[None, :], k2_bias, K2_BIAS))
+    fence_async_shared()
+    thread_barrier()
+
+
+@gluon.jit
+@no_type_check
 def _consumer(
     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
     k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
     T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
-    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
-    WG: gl.constexpr,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, K2_BIAS: gl.constexpr,
+    HAS_DOCS: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_smem.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -149,9 +182,9 @@ def _consumer(
     bg = gl.program_id(1)
     b = bg // G
     j, m, end = _job(S1, S2, w1, w2, MC, slots)
-    kappa = pair_smem.index(2 * WG)
+    u = pair_smem.index(2 * WG)
     nu = pair_smem.index(2 * WG + 1)
-    scratch = kappa._reinterpret(gl.float32, [32, D], plain).slice(0, 4, dim=0)
+    scratch = u._reinterpret(gl.float32, [32, D], plain).slice(0, 4, dim=0)
     k_kept = kept_smem.index(0)
     v_kept = kept_smem.index(1)
     zero = gl.zeros([64, 64], gl.float32, s_layout)
@@ -171,58 +204,62 @@ def _consumer(
         if count <= WG:
             hi = lo - 1
         at = ((b * S2).to(gl.int64) + gl.minimum(mine, S2 - 1)) * (G * D) + (bg % G) * D
-        k2 = gl.load(k2_ptr + at + d_wide).to(gl.float32) + k2_bias
-        kappa.store((k_kept.load(wide).to(gl.float32) * k2[None, :]).to(dtype))
+        k2 = gl.load(k2_ptr + at + d_wide)
         v2 = gl.load(v2_ptr + at + d_wide).to(gl.float32) + v2_bias
         nu.store((v_kept.load(wide).to(gl.float32) * v2[None, :]).to(dtype))
-        fence_async_shared()
+        # tiles of rows that see this m: the two m of a pass differ by one query
+        mine_from = gl.maximum(lo * R - row, 0) // 64
+        mine_to = gl.minimum(gl.cdiv((hi + 1) * R - row, 64), tiles)
+        if lo > hi:
+            mine_from = 0
+            mine_to = 0
+        for _ in range(mine_from):
+            _skip(full, empty, step, STAGES)
+            step += 1
         d_kappa = gl.zeros([64, D], gl.float32, o_layout)
         d_nu = gl.zeros([64, D], gl.float32, o_layout)
-        thread_barrier()
-        for n in range(tiles):
+        if mine_to > mine_from:
+            _prepare(u, q_smem, do_smem, delta_smem, full, step, k2, k2_bias, row + mine_from * 64,
+                     all_lo, all_hi, R, D, STAGES, K2_BIAS)  # fmt: skip
+        for n in range(mine_from, mine_to):
             slot = step % STAGES
             first = (row + n * 64) // R
             last = (row + n * 64 + 63) // R
-            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-            if (last >= lo) & (first <= hi):
-                q = q_smem.index(slot)
-                d_out = do_smem.index(slot)
-                if R % 64 != 0:  # noqa: SIM102 (a constant: not compiled otherwise)
-                    if (first < all_lo) | (last > all_hi):  # rows of another document, or none: 0 * NaN is NaN
-                        _clear_outside(q, row + n * 64, all_lo * R, (all_hi + 1) * R, D)
-                        _clear_outside(d_out, row + n * 64, all_lo * R, (all_hi + 1) * R, D)
-                        i = (row + n * 64 + column) // R
-                        delta = delta_smem.index(slot).load(columns)
-                        delta_smem.index(slot).store(gl.where((i >= all_lo) & (i <= all_hi), delta, 0.0))
-                        fence_async_shared()
-                        thread_barrier()
-                s_token = warpgroup_mma(kappa, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-                dp_token = warpgroup_mma(nu, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
-                lse = lse_smem.index(slot).load(columns)
-                s = warpgroup_mma_wait(1, deps=[s_token])
-                p = gl.exp2(s * scale_log2 - lse[None, :])
-                whole = (first >= gl.maximum(t, j - (S1 - T) + 63)) & (
-                    last <= gl.minimum(gl.minimum(t + w2 - 1, j - (S1 - T) + w1 - 1), T - 1)
-                )
+            q = q_smem.index(slot)
+            d_out = do_smem.index(slot)
+            s_token = warpgroup_mma(k_kept, u.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp_token = warpgroup_mma(nu, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
+            lse = lse_smem.index(slot).load(columns)
+            s = warpgroup_mma_wait(1, deps=[s_token])
+            p = gl.exp2(s * scale_log2 - lse[None, :])
+            whole = (first >= gl.maximum(t, j - (S1 - T) + 63)) & (
+                last <= gl.minimum(gl.minimum(t + w2 - 1, j - (S1 - T) + w1 - 1), T - 1)
+            )
+            if HAS_DOCS:
+                back = gl.load(reach_ptr + b * T + gl.minimum(last, T - 1))
+                whole = whole & (last - gl.minimum(t, j - (S1 - T)) < back)
+            if not whole:
+                i = (row + n * 64 + column) // R
+                seen = (i >= t) & (i < t + w2) & (i <= hi)
+                both = (jt[:, None] <= i[None, :]) & (jt[:, None] > (i - w1)[None, :]) & seen[None, :]
                 if HAS_DOCS:
-                    back = gl.load(reach_ptr + b * T + gl.minimum(last, T - 1))
-                    whole = whole & (last - gl.minimum(t, j - (S1 - T)) < back)
-                if not whole:
-                    i = (row + n * 64 + column) // R
-                    seen = (i >= t) & (i < t + w2) & (i <= hi)
-                    both = (jt[:, None] <= i[None, :]) & (jt[:, None] > (i - w1)[None, :]) & seen[None, :]
-                    if HAS_DOCS:
-                        own = gl.load(reach_ptr + b * T + gl.minimum(i, T - 1))
-                        both = both & (i[None, :] - jt[:, None] < own[None, :]) & (i - t < own)[None, :]
-                    p = gl.where(both, p, 0.0)
-                delta = delta_smem.index(slot).load(columns)
-                weights = gl.convert_layout(p.to(dtype), p_layout)
-                d_nu_token = warpgroup_mma(weights, d_out, d_nu, is_async=True)
-                dp = warpgroup_mma_wait(1, deps=[dp_token])
-                d_weights = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), p_layout)
-                d_kappa_token = warpgroup_mma(d_weights, q, d_kappa, is_async=True)
-                d_nu, d_kappa = warpgroup_mma_wait(0, deps=[d_nu_token, d_kappa_token])
+                    own = gl.load(reach_ptr + b * T + gl.minimum(i, T - 1))
+                    both = both & (i[None, :] - jt[:, None] < own[None, :]) & (i - t < own)[None, :]
+                p = gl.where(both, p, 0.0)
+            delta = delta_smem.index(slot).load(columns)
+            weights = gl.convert_layout(p.to(dtype), p_layout)
+            d_nu_token = warpgroup_mma(weights, d_out, d_nu, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp_token])
+            d_weights = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), p_layout)
+            d_kappa_token = warpgroup_mma(d_weights, q, d_kappa, is_async=True)
+            if n + 1 < mine_to:  # while the products run
+                _prepare(u, q_smem, do_smem, delta_smem, full, step + 1, k2, k2_bias, row + (n + 1) * 64,
+                         all_lo, all_hi, R, D, STAGES, K2_BIAS)  # fmt: skip
+            d_nu, d_kappa = warpgroup_mma_wait(0, deps=[d_nu_token, d_kappa_token])
             mbarrier.arrive(empty.index(slot), count=1)
+            step += 1
+        for _ in range(mine_to, tiles):
+            _skip(full, empty, step, STAGES)
             step += 1
         # one warpgroup at a time adds to the shared sums, always in the same order
         mbarrier.wait(turns.index(1 - WG), (turn & 1) ^ (1 - WG))
@@ -256,7 +293,8 @@ def _consumer(
 def backward_keys_kernel(
     q_desc, do_desc, lse_desc, delta_desc, k_ptr, v_ptr, k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr,
     reach_ptr, last_ptr, T, S1, S2, w1, w2, MC, slots, pitch, BG, scale_log2, k2_bias, v2_bias,
-    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_DOCS: gl.constexpr,
+    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, K2_BIAS: gl.constexpr,
+    HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     FIRST: gl.constexpr = 0
@@ -267,8 +305,8 @@ def backward_keys_kernel(
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, D], do_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], lse_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], delta_desc.layout)
-    pair_smem = gl.allocate_shared_memory(dtype, [4, 64, D], q_desc.layout)  # kappa, nu of each warpgroup
-    kept_smem = gl.allocate_shared_memory(dtype, [2, 64, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    pair_smem = gl.allocate_shared_memory(dtype, [4, 64, D], q_desc.layout)  # u and nu of each warpgroup
+    kept_smem = gl.allocate_shared_memory(dtype, [2, 64, D], q_desc.layout)
     sums_smem = gl.allocate_shared_memory(gl.float32, [2, 64, D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
@@ -297,7 +335,7 @@ def backward_keys_kernel(
                     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
                     k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
                     T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
-                    R, G, D, STAGES, HAS_DOCS, FIRST,
+                    R, G, D, STAGES, K2_BIAS, HAS_DOCS, FIRST,
                 ),
             ),
             (
@@ -306,7 +344,7 @@ def backward_keys_kernel(
                     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
                     k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
                     T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
-                    R, G, D, STAGES, HAS_DOCS, SECOND,
+                    R, G, D, STAGES, K2_BIAS, HAS_DOCS, SECOND,
                 ),
             ),
             (
@@ -379,7 +417,14 @@ def plan(
         "T": steps, "S1": s1, "S2": s2, "w1": p.w1, "w2": p.w2, "MC": cut.chunk, "slots": cut.slots, "pitch": pitch,
         "BG": batch * groups, "scale_log2": scale * LOG2E, "k2_bias": p.k2_bias, "v2_bias": p.v2_bias,
     }  # fmt: skip
-    constants = {"R": per_group, "G": groups, "D": dim, "STAGES": 2, "HAS_DOCS": reach is not None}
+    constants = {
+        "R": per_group,
+        "G": groups,
+        "D": dim,
+        "STAGES": 2,
+        "K2_BIAS": p.k2_bias != 0,
+        "HAS_DOCS": reach is not None,
+    }
     return Launch(backward_keys_kernel, (cut.blocks * cut.slots, batch * groups), args, constants, num_warps=4)
 
 

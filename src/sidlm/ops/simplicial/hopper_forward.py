@@ -37,6 +37,7 @@ from sidlm.ops.simplicial.hopper_tiles import (
     processors,
     stream_keys,
     tile_arguments,
+    virtual_queries,
     visible,
     window,
 )
@@ -108,17 +109,10 @@ def _combine(
     u_smem, q, qb, k2, k2b, k2_bias,
     D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = u_smem.dtype
-    multiply: gl.constexpr = "mul.bf16x2 $0, $1, $2;" if dtype == gl.bfloat16 else "mul.f16x2 $0, $1, $2;"
     if DETERMINANT:
-        u = (k2.to(gl.float32) * qb.to(gl.float32) - k2b.to(gl.float32) * q.to(gl.float32)).to(dtype)
-    elif K2_BIAS:
-        u = (q.to(gl.float32) * (k2.to(gl.float32) + k2_bias)).to(dtype)
+        u = (k2.to(gl.float32) * qb.to(gl.float32) - k2b.to(gl.float32) * q.to(gl.float32)).to(u_smem.dtype)
     else:
-        q = q.broadcast_to([64 // BS, BS, D])
-        u = gl.inline_asm_elementwise(
-            multiply, "=r,r,r", [q, k2.broadcast_to([64 // BS, BS, D])], dtype=q.dtype, is_pure=True, pack=2
-        )
+        u = virtual_queries(q, k2, k2_bias, K2_BIAS)
     u_smem.store(gl.reshape(u, [64, D]))
 
 

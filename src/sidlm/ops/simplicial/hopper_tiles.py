@@ -145,6 +145,20 @@ def load_offsets(
     return gl.load(ptr + start + (m * (G * D) + gl.expand_dims(gl.expand_dims(d, 0), 1)))
 
 
+@gluon.jit
+@no_type_check
+def virtual_queries(q, k2, k2_bias, K2_BIAS: gl.constexpr):
+    """u = q o (k2 + bias), rounded once: every kernel must form the same u, since the LSE of one is for all."""
+    dtype: gl.constexpr = q.dtype
+    multiply: gl.constexpr = "mul.bf16x2 $0, $1, $2;" if dtype == gl.bfloat16 else "mul.f16x2 $0, $1, $2;"
+    if K2_BIAS:
+        u = (q.to(gl.float32) * (k2.to(gl.float32) + k2_bias)).to(dtype)
+    else:
+        q, k2 = gl.broadcast(q, k2)
+        u = gl.inline_asm_elementwise(multiply, "=r,r,r", [q, k2], dtype=q.dtype, is_pure=True, pack=2)
+    return u
+
+
 def gluon_type(x: Tensor) -> Any:
     return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
 

@@ -7,6 +7,9 @@ stream past: four products give dkappa and dnu [BN, D], and from them
     dk[j] += dkappa o k2[m]    dv[j] += dnu o v2[m]    in registers, over the m of the program
     dk2[m] = sum_j dkappa o k[j]    dv2[m] = sum_j dnu o v[j]    the block's share, to memory
 
+The logits are formed as in the forward pass, k . u with u = q o (k2 + bias) rounded: from a rounded kappa instead,
+P = exp(logit - LSE) would be off by the exponential of the difference, which is large where the softmax is sharp.
+
 A program owns a block of keys and a chunk of consecutive m. The shares of chunks and of blocks have slots of their own
 and are summed afterwards in a fixed order: no atomics. The sums of a cross product are kept per permuted copy (a, b) of
 the other factor and put together at the end.
@@ -30,10 +33,10 @@ PROGRAMS = 1024  # wanted at least, to fill a device
 @triton.jit
 @no_type_check
 def grad_of_pairs(
-    dkappa, dnu, kappa, nu, q_ptr, grad_ptr, lse_ptr, delta_ptr, rho, rho_end, j, w1, c, heads, d, R: tl.constexpr,
-    D: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    dkappa, dnu, k, nu, k2a, k2b, q_ptr, qa_ptr, qb_ptr, grad_ptr, lse_ptr, delta_ptr, rho, rho_end, j, w1, c, heads,
+    d, R: tl.constexpr, D: tl.constexpr, CROSS: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows rho = query * R + head [BR] added to dkappa and dnu [BN, BD]."""
+    """Rows rho = query * R + head [BR] added to dkappa and dnu [BN, BD]; k2a, k2b [BD] for the left of a product."""
     i = rho // R
     rows = i * heads + rho % R
     q = load_rows(q_ptr, rows, D, rho < rho_end, d, D, EDGE)
@@ -44,7 +47,13 @@ def grad_of_pairs(
     else:
         lse = tl.load(lse_ptr + rows)
         delta = tl.load(delta_ptr + rows)
-    logits = tl.dot(q, tl.trans(kappa), input_precision=PRECISION)  # [BR, BN]
+    qa = q.to(tl.float32)
+    qb = qa
+    if CROSS:
+        qa = load_rows(qa_ptr, rows, D, rho < rho_end, d, D, EDGE).to(tl.float32)
+        qb = load_rows(qb_ptr, rows, D, rho < rho_end, d, D, EDGE).to(tl.float32)
+    u = product(k2a[None, :], k2b[None, :], qa, qb, CROSS).to(q.dtype)
+    logits = tl.dot(u, tl.trans(k), input_precision=PRECISION)  # [BR, BN]
     dp = tl.dot(grad, tl.trans(nu), input_precision=PRECISION)
     p = tl.exp2(logits * c - (lse * 1.4426950408889634)[:, None])
     if EDGE:
@@ -57,8 +66,8 @@ def grad_of_pairs(
 @triton.jit
 @no_type_check
 def keys_kernel(
-    q_ptr, grad_ptr, ka_ptr, kb_ptr, v_ptr, k2a_ptr, k2b_ptr, v2_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr,
-    dka_ptr, dkb_ptr, dv_ptr, dk2a_ptr, dk2b_ptr, dv2_ptr,
+    q_ptr, qa_ptr, qb_ptr, grad_ptr, k_ptr, ka_ptr, kb_ptr, v_ptr, k2a_ptr, k2b_ptr, v2_ptr,
+    lse_ptr, delta_ptr, first_ptr, last_ptr, dka_ptr, dkb_ptr, dv_ptr, dk2a_ptr, dk2b_ptr, dv2_ptr,
     sign, c, scale, k2_bias, v2_bias, bg_first, bg_count, T, S1, S2, G, w1, w2, key_blocks, slots, chunk,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, CROSS: tl.constexpr,
     HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -76,6 +85,7 @@ def keys_kernel(
     one = tl.full([], 1, tl.int64 if WIDE else tl.int32)
     heads, stride = G * R * one, G * D * one
     q_at = (b * T * G + g) * R
+    k_ptr += (b * S1 * G + g) * D
     ka_ptr += (b * S1 * G + g) * D
     kb_ptr += (b * S1 * G + g) * D
     v_ptr += (b * S1 * G + g) * D
@@ -105,14 +115,16 @@ def keys_kernel(
         k2a = tl.load(k2a_ptr + k2_at + m * stride + d, mask=d < D, other=0.0).to(tl.float32) + k2_bias
         v2 = tl.load(v2_ptr + k2_at + m * stride + d, mask=d < D, other=0.0).to(tl.float32) + v2_bias
         k2b = k2a
-        ka = load_rows(ka_ptr, row_j, stride, sees, d, D, True).to(tl.float32)
+        k = load_rows(k_ptr, row_j, stride, sees, d, D, True)
         v = load_rows(v_ptr, row_j, stride, sees, d, D, True).to(tl.float32)
-        kb = ka
-        if CROSS:
-            k2a = tl.where(d < D // 3 * 3, k2a, 0.0)
+        left_a = k2a * sign
+        left_b = left_a
+        if CROSS:  # the copies for the left differ from those for the right in the last D mod 3 dimensions
+            whole = d < D // 3 * 3
             k2b = tl.load(k2b_ptr + k2_at + m * stride + d, mask=d < D, other=0.0).to(tl.float32) + k2_bias
-            kb = load_rows(kb_ptr, row_j, stride, sees, d, D, True).to(tl.float32)
-        kappa = (product(ka, kb, k2a[None, :], k2b[None, :], CROSS) * sign).to(q_ptr.dtype.element_ty)
+            left_a = tl.where(whole, k2a, k2b) * sign
+            left_b = tl.where(whole, k2b, 0.0) * sign
+            k2a = tl.where(whole, k2a, 0.0)
         nu = (v * v2[None, :]).to(grad_ptr.dtype.element_ty)
         dkappa = tl.zeros([BN, BD], tl.float32)
         dnu = tl.zeros([BN, BD], tl.float32)
@@ -120,15 +132,17 @@ def keys_kernel(
         for tile in tl.range(whole_from, whole_to, num_stages=STAGES):
             rho = rho_low + tile * BR + tl.arange(0, BR)
             dkappa, dnu = grad_of_pairs(
-                dkappa, dnu, kappa, nu, q_ptr + q_at * D, grad_ptr + q_at * D, lse_ptr + q_at, delta_ptr + q_at,
-                rho, rho_end, j, w1, c, heads, d, R, D, False, PRECISION,
+                dkappa, dnu, k, nu, left_a, left_b, q_ptr + q_at * D, qa_ptr + q_at * D, qb_ptr + q_at * D,
+                grad_ptr + q_at * D, lse_ptr + q_at, delta_ptr + q_at, rho, rho_end, j, w1, c, heads, d, R, D, CROSS,
+                False, PRECISION,
             )  # fmt: skip
         for edge in tl.range(0, tiles - whole_to + whole_from, num_stages=STAGES):
             tile = tl.where(edge < whole_from, edge, edge + whole_to - whole_from)
             rho = rho_low + tile * BR + tl.arange(0, BR)
             dkappa, dnu = grad_of_pairs(
-                dkappa, dnu, kappa, nu, q_ptr + q_at * D, grad_ptr + q_at * D, lse_ptr + q_at, delta_ptr + q_at,
-                rho, rho_end, j, w1, c, heads, d, R, D, True, PRECISION,
+                dkappa, dnu, k, nu, left_a, left_b, q_ptr + q_at * D, qa_ptr + q_at * D, qb_ptr + q_at * D,
+                grad_ptr + q_at * D, lse_ptr + q_at, delta_ptr + q_at, rho, rho_end, j, w1, c, heads, d, R, D, CROSS,
+                True, PRECISION,
             )  # fmt: skip
 
         # what a key of another document would get from this one is 0, or NaN: dropped either way
@@ -232,12 +246,13 @@ def key_tensors(
     p: Problem, doc_ids: Tensor | None, grad_out: Tensor, lse: Tensor, delta: Tensor
 ) -> dict[str, Tensor]:  # fmt: skip
     """The inputs of `keys_kernel`."""
-    (ka, kb), (k2a, k2b), s2 = p.left(p.k), p.right(p.k2), p.k2.shape[1]
+    (ka, kb), (k2a, k2b), (qa, qb), s2 = p.left(p.k), p.right(p.k2), p.right(p.q), p.k2.shape[1]
     first, last = (lse, lse)
     if doc_ids is not None:
         first, last = (x[:, -s2:].contiguous() for x in prepare.extents(doc_ids, p.q.shape[1]))
     return {
-        "q_ptr": p.q, "grad_ptr": grad_out, "ka_ptr": ka, "kb_ptr": kb, "v_ptr": p.v, "k2a_ptr": k2a, "k2b_ptr": k2b,
+        "q_ptr": p.q, "qa_ptr": qa, "qb_ptr": qb, "grad_ptr": grad_out, "k_ptr": p.k, "ka_ptr": ka,
+        "kb_ptr": kb, "v_ptr": p.v, "k2a_ptr": k2a, "k2b_ptr": k2b,
         "v2_ptr": p.v2, "lse_ptr": lse, "delta_ptr": delta, "first_ptr": first, "last_ptr": last,
     }  # fmt: skip
 
