@@ -92,7 +92,7 @@ def training(case: Case) -> Launches:
     if not p.determinant:
         shares = hopper_backward_keys.cut(p)
         sums = hopper_backward_keys.partial_sums(p, shares)
-        yield "hopper_keys", hopper_backward_keys.plan(p, shares, scale, grad, lse, delta, reach, last, sums)
+        yield "hopper_keys", hopper_backward_keys.plan(p, shares, scale, grad, lse, delta, last, sums)
 
 
 def decoding(case: Case) -> Launches:

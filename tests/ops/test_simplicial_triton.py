@@ -116,6 +116,17 @@ def test_equals_oracle_in_float16(form):
     check(inputs(1, 37, 2, 1, 48, docs=2, dtype=torch.float16, seed=3), (17, 6), form, 4)
 
 
+@pytest.mark.parametrize("form", ["trilinear", "determinant"])
+def test_sharp_softmax(form):
+    """P = exp(logit - LSE) of the key gradients is off by the exponential of any other rounding of the logits."""
+    xs, _, grad, grad_lse = inputs(1, 30, 4, 1, 20, dtype=torch.float16)
+    case = ([8 * x for x in xs], None, grad, grad_lse)
+    mine = run(*case, (20, 5), form)
+    exact = oracle([x.double() for x in case[0]], None, grad, grad_lse, (20, 5), form)
+    errors = dict(zip(NAMES, ((m - e).norm() / e.norm() for m, e in zip(mine, exact, strict=True)), strict=True))
+    assert max(errors["dv"], errors["dv2"]) <= 3 * errors["out"], errors  # what rounding u does to the weights
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_any_scale(scale):
     check(inputs(1, 20, 2, 1, 33), (9, 3), "determinant", 4, scale=scale, biases=(-0.2, 0.0))

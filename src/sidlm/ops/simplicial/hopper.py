@@ -68,6 +68,6 @@ def backward(
         if doc_ids is not None:
             first, last = (x[:, -p.k2.shape[1] :] for x in prepare.extents(doc_ids, q.shape[1]))
             last = torch.stack((last, first))
-        grads = hopper_backward_keys.launch(p, scale, grad_out, lse, delta, reach, last)
+        grads = hopper_backward_keys.launch(p, scale, grad_out, lse, delta, last)
     dk, dv, dk2, dv2 = (x.to(q.dtype, memory_format=torch.contiguous_format) for x in grads)
     return (dq, dk2, dv2, dk, dv) if p.swapped else (dq, dk, dv, dk2, dv2)

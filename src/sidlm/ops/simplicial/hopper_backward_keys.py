@@ -167,7 +167,7 @@ def _prepare(
 @no_type_check
 def _consumer(
     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
-    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
+    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, last_ptr,
     T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, K2_BIAS: gl.constexpr,
     HAS_DOCS: gl.constexpr, WG: gl.constexpr,
@@ -213,6 +213,14 @@ def _consumer(
         if lo > hi:
             mine_from = 0
             mine_to = 0
+        # of them, those whose queries all see all the keys
+        whole_from = gl.cdiv(gl.maximum(t, j - (S1 - T) + 63) * R - row, 64)
+        whole_to = (gl.minimum(gl.minimum(t + w2, j - (S1 - T) + w1), T) * R - row) // 64
+        begin = 0
+        if HAS_DOCS:  # the queries are of the document of m: so must the keys be
+            begin = gl.load(last_ptr + (BG // G + b) * S2 + gl.minimum(mine, S2 - 1))
+            if j - (S1 - T) < begin:
+                whole_to = 0
         for _ in range(mine_from):
             _skip(full, empty, step, STAGES)
             step += 1
@@ -223,34 +231,27 @@ def _consumer(
                      all_lo, all_hi, R, D, STAGES, K2_BIAS)  # fmt: skip
         for n in range(mine_from, mine_to):
             slot = step % STAGES
-            first = (row + n * 64) // R
-            last = (row + n * 64 + 63) // R
             q = q_smem.index(slot)
             d_out = do_smem.index(slot)
+            # what dP is summed upon: later, registers would be short
+            less_delta = zero - delta_smem.index(slot).load(columns)[None, :]
             s_token = warpgroup_mma(k_kept, u.permute((1, 0)), zero, use_acc=False, is_async=True)
-            dp_token = warpgroup_mma(nu, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp_token = warpgroup_mma(nu, d_out.permute((1, 0)), less_delta, is_async=True)
             lse = lse_smem.index(slot).load(columns)
             s = warpgroup_mma_wait(1, deps=[s_token])
             p = gl.exp2(s * scale_log2 - lse[None, :])
-            whole = (first >= gl.maximum(t, j - (S1 - T) + 63)) & (
-                last <= gl.minimum(gl.minimum(t + w2 - 1, j - (S1 - T) + w1 - 1), T - 1)
-            )
-            if HAS_DOCS:
-                back = gl.load(reach_ptr + b * T + gl.minimum(last, T - 1))
-                whole = whole & (last - gl.minimum(t, j - (S1 - T)) < back)
+            whole = (n >= whole_from) & (n < whole_to)
             if not whole:
                 i = (row + n * 64 + column) // R
                 seen = (i >= t) & (i < t + w2) & (i <= hi)
                 both = (jt[:, None] <= i[None, :]) & (jt[:, None] > (i - w1)[None, :]) & seen[None, :]
                 if HAS_DOCS:
-                    own = gl.load(reach_ptr + b * T + gl.minimum(i, T - 1))
-                    both = both & (i[None, :] - jt[:, None] < own[None, :]) & (i - t < own)[None, :]
+                    both = both & (jt >= begin)[:, None]
                 p = gl.where(both, p, 0.0)
-            delta = delta_smem.index(slot).load(columns)
             weights = gl.convert_layout(p.to(dtype), p_layout)
             d_nu_token = warpgroup_mma(weights, d_out, d_nu, is_async=True)
             dp = warpgroup_mma_wait(1, deps=[dp_token])
-            d_weights = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), p_layout)
+            d_weights = gl.convert_layout((p * dp).to(dtype), p_layout)
             d_kappa_token = warpgroup_mma(d_weights, q, d_kappa, is_async=True)
             if n + 1 < mine_to:  # while the products run
                 _prepare(u, q_smem, do_smem, delta_smem, full, step + 1, k2, k2_bias, row + (n + 1) * 64,
@@ -268,7 +269,6 @@ def _consumer(
             same = keys_o < S1
             if HAS_DOCS:  # the products with NaN of another document were with zeros
                 jt_o = keys_o - (S1 - T)
-                begin = gl.load(last_ptr + (BG // G + b) * S2 + mine)
                 same = (jt_o >= begin) & (jt_o <= gl.load(last_ptr + b * S2 + mine))
             same = same[:, None]
             k2_o = gl.load(k2_ptr + at + d_o).to(gl.float32) + k2_bias
@@ -292,7 +292,7 @@ def _consumer(
 @no_type_check
 def backward_keys_kernel(
     q_desc, do_desc, lse_desc, delta_desc, k_ptr, v_ptr, k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr,
-    reach_ptr, last_ptr, T, S1, S2, w1, w2, MC, slots, pitch, BG, scale_log2, k2_bias, v2_bias,
+    last_ptr, T, S1, S2, w1, w2, MC, slots, pitch, BG, scale_log2, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, K2_BIAS: gl.constexpr,
     HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
@@ -333,7 +333,7 @@ def backward_keys_kernel(
                 _consumer,
                 (
                     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
-                    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
+                    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, last_ptr,
                     T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
                     R, G, D, STAGES, K2_BIAS, HAS_DOCS, FIRST,
                 ),
@@ -342,7 +342,7 @@ def backward_keys_kernel(
                 _consumer,
                 (
                     q_smem, do_smem, lse_smem, delta_smem, full, empty, turns, pair_smem, kept_smem, sums_smem,
-                    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, reach_ptr, last_ptr,
+                    k2_ptr, v2_ptr, dk_ptr, dv_ptr, dk2_ptr, dv2_ptr, last_ptr,
                     T, S1, S2, w1, w2, MC, slots, BG, scale_log2, k2_bias, v2_bias,
                     R, G, D, STAGES, K2_BIAS, HAS_DOCS, SECOND,
                 ),
@@ -391,8 +391,8 @@ def partial_sums(p: Problem, cut: Shares) -> list[Tensor]:
 
 
 def plan(
-    p: Problem, cut: Shares, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None,
-    last: Tensor | None, sums: list[Tensor],
+    p: Problem, cut: Shares, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, last: Tensor | None,
+    sums: list[Tensor],
 ) -> Launch:  # fmt: skip
     """The launch that gives the shares; the tensors may be on the meta device if it is only to be compiled."""
     batch, steps, s1, s2, groups, per_group, dim = p.shape
@@ -413,7 +413,7 @@ def plan(
         "q_desc": q, "do_desc": d_out, "lse_desc": lse2, "delta_desc": delta_rows,
         "k_ptr": p.k, "v_ptr": p.v, "k2_ptr": p.k2, "v2_ptr": p.v2,
         **dict(zip(("dk_ptr", "dv_ptr", "dk2_ptr", "dv2_ptr"), sums, strict=True)),
-        "reach_ptr": lse if reach is None else reach, "last_ptr": lse if last is None else last,
+        "last_ptr": lse if last is None else last,
         "T": steps, "S1": s1, "S2": s2, "w1": p.w1, "w2": p.w2, "MC": cut.chunk, "slots": cut.slots, "pitch": pitch,
         "BG": batch * groups, "scale_log2": scale * LOG2E, "k2_bias": p.k2_bias, "v2_bias": p.v2_bias,
     }  # fmt: skip
@@ -423,22 +423,20 @@ def plan(
         "D": dim,
         "STAGES": 2,
         "K2_BIAS": p.k2_bias != 0,
-        "HAS_DOCS": reach is not None,
+        "HAS_DOCS": last is not None,
     }
     return Launch(backward_keys_kernel, (cut.blocks * cut.slots, batch * groups), args, constants, num_warps=4)
 
 
-def launch(
-    p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None, last: Tensor | None
-) -> list[Tensor]:
+def launch(p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, last: Tensor | None) -> list[Tensor]:
     """dk, dv (B, S1, G, D) and dk2, dv2 (B, S2, G, D), float32, for the trilinear form.
 
-    reach (B, T): how far back a query sees. last (2, B, S2): last and first position of each second key's document.
+    last (2, B, S2): the last and the first position of each second key's document, if there are documents.
     """
     batch, groups = p.q.shape[0], p.k.shape[2]
     shares = cut(p)
     sums = partial_sums(p, shares)
-    plan(p, shares, scale, grad_out, lse, delta, reach, last, sums).run()
+    plan(p, shares, scale, grad_out, lse, delta, last, sums).run()
 
     def home(x: Tensor, factor: float) -> Tensor:
         """Sum over slots, (B, S, G, D)."""

@@ -211,6 +211,8 @@ def cut(p: Problem, arch: str) -> Shares:
         # fewer than 64 rows are not wgmma, those that sum over the rows are, and where both read a tile its pipeliner
         # (3.6, 3.7) copies the next one, here zeros, into the only buffer that wgmma in flight still read
         tile = tile._replace(bn=rows, stages=1)
+    if p.determinant:  # two more tiles of queries, for which there is no room twice
+        tile = tile._replace(stages=1)
     key_blocks = -(-s1 // tile.m)
     span = min(p.w1 + p.w2 + tile.m - 2, s2)
     slots = max(1, min(-(-PROGRAMS // (batch * groups * key_blocks)), span // 8))
