@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from _simplicial_baselines import causal_length
 
-from sidlm.ops import two_simplicial_attention
+from sidlm.ops import dispatch, two_simplicial_attention
 from sidlm.ops.simplicial import api
 from sidlm.ops.simplicial.flops import backward_flops, forward_flops, visible_pairs
 
@@ -153,9 +153,10 @@ SUITES = {"quick": quick, "full": full, "smoke": smoke}
 def implementations(device: str) -> tuple[Variant, ...]:
     """The default, and every other implementation that can run (less the oracle, which is no contestant)."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    why_not = {name: x.why_not(torch.device(device), dtype) for name, x in api.IMPLEMENTATIONS.items()}
-    usable = [name for name, reason in why_not.items() if reason is None and name != "reference"]
-    return OURS, *(Variant(f"sidlm impl={name}", impl=name) for name in usable[1:])
+    where = torch.device(device)
+    default = dispatch.choose("simplicial", api.IMPLEMENTATIONS, None, where, dtype)
+    usable = (n for n, x in api.IMPLEMENTATIONS.items() if not x.emulated(where) and x.why_not(where, dtype) is None)
+    return OURS, *(Variant(f"sidlm impl={n}", impl=n) for n in usable if n not in (default, "reference"))
 
 
 def precisions() -> tuple[Variant, ...]:

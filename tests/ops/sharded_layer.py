@@ -1,5 +1,6 @@
 """One process of a layer that FSDP2 shards: RANK RANKS FOLDER. test_simplicial_operator.py starts them."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         result = train(rank, ranks, policy)
         if rank == 0:
             torch.save(result, folder / f"{name}.pt")
+    gc.collect()  # what FSDP made holds on to the group, whose threads must end before the process does
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

@@ -83,6 +83,12 @@ def _why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     return prepare.why_not_hopper(device, dtype)
 
 
+@torch.compiler.assume_constant_result
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """`prepare.why_not_triton`, likewise."""
+    return prepare.why_not_triton(device, dtype)
+
+
 def emulated(device: torch.device) -> bool:
     """Whether kernels do not run on the device itself, if they run at all."""
     return device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -94,7 +100,7 @@ def _through(impl: str):
 
 IMPLEMENTATIONS = {
     "hopper": dispatch.Implementation(_through("hopper"), _why_not_hopper, emulated),
-    "triton": dispatch.Implementation(_through("triton"), prepare.why_not_triton, emulated),
+    "triton": dispatch.Implementation(_through("triton"), _why_not_triton, emulated),
     "eager": dispatch.Implementation(_through("eager"), _any_device),
     "reference": dispatch.Implementation(reference, _any_device),
 }

@@ -125,6 +125,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"needs a CUDA device, not {device.type} (or triton's interpreter, TRITON_INTERPRET=1)"
     if interpreted and dtype == torch.bfloat16:
         return "triton's interpreter computes bfloat16 wrongly"
+    if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"needs a GPU of compute capability 8.0 or more, not {capability[0]}.{capability[1]}"
     return None
 
 
