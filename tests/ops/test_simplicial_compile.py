@@ -80,7 +80,7 @@ def test_everything_one(compiled):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_other_targets(compiled, arch):
-    check(compiled(arch, "--form", "trilinear", "--kernel", *TRAINING, *DECODING), (*TRAINING, *DECODING))
+    check(compiled(arch, "--kernel", *TRAINING, *DECODING), (*TRAINING, *DECODING))
 
 
 def test_documents(compiled):

@@ -2,9 +2,12 @@
 
 With ``kappa[j, m] = k_j o k2_m`` and ``nu[j, m] = v_j o v2_m`` the logits are ``q . kappa`` and the output is a plain
 weighted sum of ``nu``: attention of the plain queries over pairs. For a fixed m its backward pass takes four products a
-pair (S, dP, d nu, d kappa), streams q and d out untouched, and yields
+pair (S, dP, d nu, d kappa), while q and d out stream past, and yields
 
     dk_j = sum_m dkappa[j, m] o k2_m        dk2_m = sum_j dkappa[j, m] o k_j        (v, v2 alike)
+
+Only S is not taken from kappa but from k and the virtual queries ``u = q o k2_m`` of the forward pass, rounded as
+there: P = exp(S - LSE) needs the S of that LSE.
 
 A block of threads owns 64 keys j and a run of positions m, two at a time, one a warpgroup. S and dP are computed
 transposed, (pairs, rows), so that both weights are operands from registers. Partial sums go to slots that no other

@@ -239,7 +239,7 @@ def _consumer(
             phase = (step // STAGES) & 1
             before = (step + STAGES - 1) % STAGES
             mbarrier.wait(k_full.index(slot), phase)
-            mbarrier.wait(order.index(WG), (step & 1) ^ 1 ^ WG)
+            mbarrier.wait(order.index(WG), (step & 1) ^ 1 ^ WG)  # in turns: one multiplies while the other weighs
             s_token = warpgroup_mma(u, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(slot), phase)
             dp_token = warpgroup_mma(o, v_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
