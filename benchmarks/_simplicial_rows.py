@@ -1,6 +1,5 @@
 """The rows of benchmarks/simplicial.py: shapes, what is timed at each, the suites, and the FLOPs of a row."""
 
-import inspect
 import math
 import random
 from dataclasses import dataclass, field, replace
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from _simplicial_baselines import causal_length
 
-from sidlm.ops import dispatch, two_simplicial_attention
+from sidlm.ops import dispatch
 from sidlm.ops.simplicial import api
 from sidlm.ops.simplicial.flops import backward_flops, forward_flops, visible_pairs
 
@@ -37,7 +36,7 @@ class Variant:
     name: str
     form: str = "trilinear"
     impl: str | None = None
-    precision: str | None = None
+    compensate: bool = False
     baseline: str | None = None
 
 
@@ -60,6 +59,7 @@ class Task:
 PAPER = Shape(1, 2048, 64, 1)
 LLAMA = Shape(1, 8192, 32, 8)
 BOTH_FORMS = (OURS, Variant("sidlm determinant", form="determinant"))
+COMPENSATED = (OURS, Variant("sidlm compensated", compensate=True))
 
 
 def baseline(name: str) -> Variant:
@@ -123,7 +123,7 @@ def full() -> list[Task]:
     tasks += [Task("D=64", kind, replace(shape, D=64)) for shape in (PAPER, LLAMA) for kind in ("forward", "step")]
     packed = replace(LLAMA, N=16384, docs=True)
     tasks += [Task("documents", kind, s) for s in (packed, replace(packed, docs=False)) for kind in ("forward", "step")]
-    tasks += [Task("precision", kind, PAPER, v) for kind in ("forward", "step") if len(v := precisions()) > 1]
+    tasks += [Task("compensated", kind, s, COMPENSATED) for s in (PAPER, LLAMA) for kind in ("forward", "step")]
     tasks += [Task("implementations", kind, PAPER, implementations("cuda")) for kind in ("forward", "step")]
     tasks += published_grid(4, heads=(64, 128), windows=((512, 32),), lengths=(2048, 8192), kind="step")
     tasks += published_grid(4, **grid, lengths=(1024, 2048, 4096))
@@ -157,13 +157,6 @@ def implementations(device: str) -> tuple[Variant, ...]:
     default = dispatch.choose("simplicial", api.IMPLEMENTATIONS, None, where, dtype)
     usable = (n for n, x in api.IMPLEMENTATIONS.items() if not x.emulated(where) and x.why_not(where, dtype) is None)
     return OURS, *(Variant(f"sidlm impl={n}", impl=n) for n in usable if n not in (default, "reference"))
-
-
-def precisions() -> tuple[Variant, ...]:
-    """Modes of the public function's `precision` argument, where it has one."""
-    if "precision" not in inspect.signature(inspect.unwrap(two_simplicial_attention)).parameters:
-        return (OURS,)
-    return OURS, *(Variant(f"sidlm precision={p}", precision=p) for p in getattr(api, "PRECISIONS", ()))
 
 
 def document_lengths(length: int, seed: int) -> list[int]:

@@ -50,7 +50,7 @@ def prepare(task: Task, device: torch.device, seed: int) -> Prepared:
 def operation(variant: Variant, task: Task, prepared: Prepared) -> Callable[..., Any]:
     """(q, k, v, k2, v2) -> out."""
     if variant.baseline is None:
-        given = {key: x for key in ("impl", "precision") if (x := getattr(variant, key)) is not None}
+        given = {key: x for key in ("impl", "compensate") if (x := getattr(variant, key))}
         given |= {"window": task.shape.window, "form": variant.form, "doc_ids": prepared.doc_ids}
         return lambda *xs: two_simplicial_attention(*xs, **given)
     if variant.baseline == "flex":
@@ -195,7 +195,7 @@ def run_task(task: Task, clock: Clock, seed: int, milliseconds: float) -> list[d
     prepared = prepare(task, clock.device, seed)
     for variant in task.variants:
         row = {"section": task.section, "kind": task.kind, "variant": variant.name, **asdict(task.shape)}
-        row |= {"form": variant.form, "impl": variant.impl, "precision": variant.precision, "status": "ok"}
+        row |= {"form": variant.form, "impl": variant.impl, "compensate": variant.compensate, "status": "ok"}
         rows.append(row)
         try:
             function, result = start(variant, task, prepared, row)
@@ -220,7 +220,7 @@ def run_task(task: Task, clock: Clock, seed: int, milliseconds: float) -> list[d
         row |= {"ms": middle, "ms_p20": low, "ms_p80": high, "repeats": len(samples)}
         row["tflops"] = row["flops"] / middle / 1e9
     for row in timed[1:]:  # a determinant beside the product of the same implementation, else beside the first variant
-        same = (x for x in timed if (x["impl"], x["precision"]) == (row["impl"], row["precision"]))
+        same = (x for x in timed if (x["impl"], x["compensate"]) == (row["impl"], row["compensate"]))
         product = next((x for x in same if x["form"] == "trilinear"), timed[0])
         other = timed[0] if row["form"] == "trilinear" else product
         row |= {"time_ratio": row["ms"] / other["ms"], "time_ratio_to": other["variant"]}

@@ -62,7 +62,9 @@ def write(results: dict, path: Path | None) -> None:
 
 def skipped(task: Task, reason: str) -> list[dict]:
     row = {"section": task.section, "kind": task.kind, **asdict(task.shape), "status": "skipped", "error": reason}
-    return [row | {"variant": v.name, "form": v.form, "impl": v.impl, "precision": v.precision} for v in task.variants]
+    return [
+        row | {"variant": v.name, "form": v.form, "impl": v.impl, "compensate": v.compensate} for v in task.variants
+    ]
 
 
 def show_list(tasks: list[Task], seed: int) -> None:

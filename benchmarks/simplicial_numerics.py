@@ -1,11 +1,12 @@
 """Error of 2-simplicial attention against float64, beside what torch itself makes of the same computation.
 
-    python benchmarks/simplicial_numerics.py [--impls hopper,triton,eager] [--out results.json] [--markdown table.md]
+    python benchmarks/simplicial_numerics.py [--impls hopper,hopper+,eager] [--out results.json] [--markdown table.md]
 
 Inputs are rounded to the dtype first, so only the computation's error is seen. Float64 is the eager form, checked
 against an independent float64 computation in every case. The rows of a case:
 
     hopper, triton, eager   the implementations (on a CPU, the eager form computes half precision in float32)
+    hopper+                 with compensation (two_simplicial_attention(compensate=True)), for bfloat16
     torch SDPA              torch's own: scaled_dot_product_attention over written-out pairs k o k2 and v o v2 in that
                             dtype, gradients by autograd; the number after a cross is an error divided by this one's
     result rounded          the exact result rounded to the dtype (LSE: float32): no implementation can do better
@@ -109,9 +110,11 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tenso
     return [x.to(dtype) for x in xs], grad.to(dtype), settings, factor
 
 
-def run_implementation(impl: str, xs: list[Tensor], s: Settings, grad: Tensor) -> dict[str, Tensor]:
+def run_implementation(name: str, xs: list[Tensor], s: Settings, grad: Tensor) -> dict[str, Tensor]:
+    """Results by an implementation; "hopper+" is it with compensation."""
     xs = [x.detach().requires_grad_() for x in xs]
-    out, lse = two_simplicial_attention(*xs, **s._asdict(), return_lse=True, impl=impl)
+    how: dict[str, Any] = {"impl": name.removesuffix("+"), "compensate": name.endswith("+")}
+    out, lse = two_simplicial_attention(*xs, **s._asdict(), return_lse=True, **how)
     results = (out.detach(), lse.detach(), *torch.autograd.grad(out, xs, grad))
     return dict(zip(NAMES, results, strict=True))
 
@@ -143,7 +146,9 @@ def measure(case: Case, impls: list[str], device: torch.device, seed: int) -> di
         row["seconds"] = round(time.perf_counter() - start, 3)  # compilation included
 
     for impl in impls:
-        reason = api.IMPLEMENTATIONS[impl].why_not(device, dtype)
+        reason = api.IMPLEMENTATIONS[impl.removesuffix("+")].why_not(device, dtype)
+        if impl.endswith("+") and dtype != torch.bfloat16:
+            reason = reason or "compensation is for bfloat16"
         if reason is not None:
             result["rows"].append({"name": impl, "status": "skipped", "reason": reason})
             continue
@@ -278,7 +283,9 @@ def render(results: dict, measure: str = "frobenius") -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--impls", default="hopper,triton,eager", help="implementations; the eager form runs always")
+    parser.add_argument(
+        "--impls", default="hopper,hopper+,triton,eager", help="implementations; the eager form runs always"
+    )
     parser.add_argument("--out", type=Path, help="JSON with every number")
     parser.add_argument("--markdown", type=Path, help="the table")
     parser.add_argument("--measure", choices=MEASURES, default="frobenius", help="what the table shows")
@@ -288,7 +295,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--render", type=Path, metavar="JSON", help="make --markdown from a results file, and stop")
     args = parser.parse_args()
     args.impls = list(dict.fromkeys(name.strip() for name in (*args.impls.split(","), "eager")))
-    unknown = [name for name in args.impls if name not in api.IMPLEMENTATIONS]
+    unknown = [name for name in args.impls if name.removesuffix("+") not in api.IMPLEMENTATIONS]
     if unknown:
         parser.error(f"--impls has {', '.join(unknown)}, but there are {', '.join(api.IMPLEMENTATIONS)}")
     if not args.render and args.device == "cuda" and not torch.cuda.is_available():

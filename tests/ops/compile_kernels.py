@@ -89,10 +89,9 @@ def training(case: Case) -> Launches:
     yield "hopper_forward", hopper_forward.plan(p, scale, reach, out, lse)
     dqs = hopper_backward_queries.outputs(p)
     yield "hopper_queries", hopper_backward_queries.plan(p, scale, grad, lse, delta, reach, dqs)
-    if not p.determinant:
-        shares = hopper_backward_keys.cut(p)
-        sums = hopper_backward_keys.partial_sums(p, shares)
-        yield "hopper_keys", hopper_backward_keys.plan(p, shares, scale, grad, lse, delta, last, sums)
+    shares = hopper_backward_keys.cut(p)
+    sums = hopper_backward_keys.partial_sums(p, shares)
+    yield "hopper_keys", hopper_backward_keys.plan(p, shares, scale, grad, lse, delta, last, sums)
 
 
 def decoding(case: Case) -> Launches:

@@ -116,3 +116,17 @@ def test_nan_in_one_sequence_stays_there(impl):
             before = _run(xs, ids, grads, impl, window=geometry[5])
             for b, a in zip(before, _run(poisoned, ids, grads, impl, window=geometry[5]), strict=True):
                 assert torch.equal(a[clean], b[clean])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("geometry", [GEOMETRIES[0], GEOMETRIES[2], GEOMETRIES[8], GEOMETRIES[12]], ids=str)
+@pytest.mark.parametrize("impl", ["hopper", "triton", "eager"])
+def test_compensated_errors_are_those_of_rounding_the_results(impl, geometry, form):
+    """To bfloat16, and of eleven bits inside."""
+    _usable(impl, BF16)
+    xs, ids, grads = _inputs(geometry, BF16)
+    settings = {"window": geometry[5], "form": form, "k2_bias": 0.3, "v2_bias": 1.0}
+    exact = _run([x.double() for x in xs], ids, grads, "eager", **settings)
+    found = _run(xs, ids, grads, impl, compensate=True, **settings)
+    for x, y in zip(found, exact, strict=True):
+        assert (x - y).norm() <= 1.25 * (y.bfloat16() - y).norm() + 2.0**-9 * y.norm()

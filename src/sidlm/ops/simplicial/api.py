@@ -13,7 +13,7 @@ from torch._C._functorch import maybe_current_level
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sidlm.ops import dispatch
-from sidlm.ops.simplicial import flops, prepare
+from sidlm.ops.simplicial import compensated, flops, prepare
 from sidlm.ops.simplicial.reference import reference
 
 FORMS = ("trilinear", "determinant")
@@ -28,13 +28,15 @@ def _backend(impl: str):
 @torch.library.custom_op("sidlm::two_simplicial", mutates_args=())
 def _two_simplicial(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int, form: str, scale: float,
-    k2_bias: float, v2_bias: float, doc_ids: Tensor | None, impl: str = "eager",
+    k2_bias: float, v2_bias: float, doc_ids: Tensor | None, impl: str = "eager", compensate: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _backend(impl).forward(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
+    run = _backend(impl).forward
+    run = functools.partial(compensated.forward, run) if compensate else run
+    return run(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
 
 
 @_two_simplicial.register_fake
-def _(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl="eager"):
+def _(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl="eager", compensate=False):
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
@@ -42,27 +44,31 @@ def _(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl="eag
 def _two_simplicial_backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, out: Tensor,
     lse: Tensor, w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
-    impl: str = "eager",
+    impl: str = "eager", compensate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    settings = (w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
-    return _backend(impl).backward(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *settings)
+    run = _backend(impl).backward
+    run = functools.partial(compensated.backward, run, impl in KERNELS) if compensate else run
+    return run(grad_out, grad_lse, q, k, v, k2, v2, out, lse, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
 
 
 @_two_simplicial_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, k2, v2, out, lse, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl="eager"):
+def _(
+    grad_out, grad_lse, q, k, v, k2, v2, out, lse, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl="eager",
+    compensate=False,
+):  # fmt: skip
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, k2, v2))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl = inputs
+    *tensors, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, impl, compensate = inputs
     ctx.save_for_backward(*tensors, *output, doc_ids)
-    ctx.settings, ctx.impl = (w1, w2, form, scale, k2_bias, v2_bias), impl
+    ctx.settings, ctx.how = (w1, w2, form, scale, k2_bias, v2_bias), (impl, compensate)
 
 
 def _backward(ctx, grad_out, grad_lse):
     *saved, doc_ids = ctx.saved_tensors
     grads = (grad_out.contiguous(), grad_lse.contiguous())
-    return *_two_simplicial_backward(*grads, *saved, *ctx.settings, doc_ids, ctx.impl), *(None,) * 8
+    return *_two_simplicial_backward(*grads, *saved, *ctx.settings, doc_ids, *ctx.how), *(None,) * 9
 
 
 _two_simplicial.register_autograd(_backward, setup_context=_setup_context)
@@ -200,6 +206,7 @@ def two_simplicial_attention(
     v2_bias: float = 0.0,
     doc_ids: Int[Tensor, "b s"] | None = None,
     return_lse: bool = False,
+    compensate: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "b t h d"] | tuple[Float[Tensor, "b t h d"], Float[Tensor, "b t h"]]:
     """Causal sliding-window attention over pairs of keys ("Fast and Simplex", arXiv 2507.02754, sections 4 and 5).
@@ -227,6 +234,9 @@ def two_simplicial_attention(
             wait for the device: name "eager" there, as Sid's models do behind prompts that are padded on the right.
         return_lse: also return the natural-log sum of exponentials over all pairs, (B, T, H), float32 (float64 for
             float64), -inf for padding queries. It is differentiable.
+        compensate: multiply bfloat16 inputs as float16, scaled by powers of two: virtual queries, weights and what the
+            gradients are made of are rounded to 11 bits instead of 8 (compensated.py). Nothing changes for other
+            dtypes and for "reference".
         impl: name of an implementation ("hopper", "triton", "eager", "reference"); None takes the first that can run,
             a kernel only on a GPU.
 
@@ -243,5 +253,7 @@ def two_simplicial_attention(
     if name in KERNELS and doc_ids is not None and readable(doc_ids):
         _check_holes(doc_ids, name)
     chosen, w1, w2 = IMPLEMENTATIONS[name], int(window[0]), int(window[1])
-    out, lse = chosen.run(q, k, v, k2, v2, w1, w2, form, scale, float(k2_bias), float(v2_bias), doc_ids)
+    settings = (w1, w2, form, scale, float(k2_bias), float(v2_bias), doc_ids)
+    fine = {"compensate": True} if compensate and q.dtype == torch.bfloat16 and name in BACKENDS else {}
+    out, lse = chosen.run(q, k, v, k2, v2, *settings, **fine)
     return (out, lse) if return_lse else out

@@ -16,17 +16,17 @@ def forward_apart(forward: Callable) -> Callable:
     """Wrap `eager.forward`."""
 
     @wraps(forward)
-    def wrapped(q, k, v, k2, v2, *settings):
+    def wrapped(q, k, v, k2, v2, *settings, dtype=None):
         *settings, doc_ids = settings
         if doc_ids is None or not _broken(q, k, v, k2, v2):
-            return forward(q, k, v, k2, v2, *settings, doc_ids)
+            return forward(q, k, v, k2, v2, *settings, doc_ids, dtype)
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        out = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype)
         for row, span in _documents(doc_ids, q.shape[1]):
             ids = doc_ids[row : row + 1, span]
             xs = [_cut(x, doc_ids, row, span) for x in (q, k, v, k2, v2)]
-            for target, part in zip((out, lse), forward(*xs, *settings, ids), strict=True):
+            for target, part in zip((out, lse), forward(*xs, *settings, ids, dtype), strict=True):
                 target[row : row + 1, _rows(target, doc_ids, span)] = part
         return out, lse
 
@@ -37,15 +37,16 @@ def backward_apart(backward: Callable) -> Callable:
     """Wrap `eager.backward`."""
 
     @wraps(backward)
-    def wrapped(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *settings):
+    def wrapped(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *settings, dtype=None):
         *settings, doc_ids = settings
         tensors = (grad_out, grad_lse, q, k, v, k2, v2, out, lse)
         if doc_ids is None or not _broken(*tensors[:-1]):  # the LSE of padding is infinite
-            return backward(*tensors, *settings, doc_ids)
-        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, k2, v2)]
+            return backward(*tensors, *settings, doc_ids, dtype)
+        like = {"dtype": dtype, "memory_format": torch.contiguous_format}
+        grads = [torch.zeros_like(x, **like) for x in (q, k, v, k2, v2)]
         for row, span in _documents(doc_ids, q.shape[1]):
             ids = doc_ids[row : row + 1, span]
-            parts = backward(*(_cut(x, doc_ids, row, span) for x in tensors), *settings, ids)
+            parts = backward(*(_cut(x, doc_ids, row, span) for x in tensors), *settings, ids, dtype)
             for target, part in zip(grads, parts, strict=True):
                 target[row : row + 1, _rows(target, doc_ids, span)] = part
         return tuple(grads)

@@ -106,7 +106,7 @@ def _blocks(p: Problem) -> Iterator[Block]:
     shift = p.k.shape[1] - steps  # query i sits at row i + shift of k
     shift2 = p.k2.shape[1] - (p.w2 - 1) - steps
     keys = min(p.w1 + p.block - 1, p.k.shape[1])
-    rows = p.block * p.w2 * keys
+    rows = max(p.block * p.w2 * keys, 1)  # none without keys
     budget = BUDGET["cuda" if p.q.is_cuda else "cpu"]
     chunk_r = max(1, min(per_group, budget // rows))
     chunk_bg = max(1, min(total, budget // (rows * chunk_r))) if chunk_r == per_group else 1
@@ -181,9 +181,9 @@ def _logits(p: Problem, b: Block) -> tuple[Tensor, Tensor]:
 @forward_apart
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int, form: str, scale: float,
-    k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    k2_bias: float, v2_bias: float, doc_ids: Tensor | None, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output (B, T, H, D) in q's dtype and natural-log LSE (B, T, H), float32 (float64 for float64)."""
+    """Output (B, T, H, D) in dtype (q's) and natural-log LSE (B, T, H), float32 (float64 for float64)."""
     p = _prepare(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
     out = torch.empty_like(p.q)
     lse = torch.empty(p.q.shape[:3], dtype=p.q.dtype, device=q.device)
@@ -194,7 +194,7 @@ def forward(
         lse[b.bg, b.r, b.i] = logits.amax(dim=(3, 4)) - weights.amax(dim=(3, 4)).log()
         values = _matmul(weights.flatten(1, 3).to(p.v.dtype), p.v[b.bg, b.j]).view(*b.shape[:4], -1)
         out[b.bg, b.r, b.i] = values.mul_(_windows(p.v2, b)).sum(dim=3)
-    out, lse = _heads_last(out, p).to(q.dtype), _heads_last(lse.unsqueeze(-1), p).squeeze(-1)
+    out, lse = _heads_last(out, p).to(dtype or q.dtype), _heads_last(lse.unsqueeze(-1), p).squeeze(-1)
     if doc_ids is not None:  # a padding query has seen nothing, and its softmax is NaN
         padding = doc_ids[:, -q.shape[1] :, None] < 0
         out, lse = out.masked_fill_(padding.unsqueeze(-1), 0.0), lse.masked_fill_(padding, -torch.inf)
@@ -216,8 +216,9 @@ def _scatter(target: Tensor, grad: Tensor, b: Block) -> None:
 def backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, out: Tensor,
     lse: Tensor, w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, k2, v2, each in its input's shape and dtype; grad_lse (B, T, H) may be zeros.
+    """Gradients of q, k, v, k2, v2, each in its input's shape, in dtype (the inputs'); grad_lse (B, T, H) may be zeros.
 
     The saved LSE is not used: see above.
     """
@@ -258,9 +259,9 @@ def backward(
     if p.swapped:
         d_k, d_v, d_k2, d_v2 = d_k2, d_v2, d_k, d_v
 
-    def ungrouped(x: Tensor, like: Tensor) -> Tensor:
-        x = x.unflatten(0, (-1, p.groups)).transpose(1, 2).to(like.dtype).contiguous()
+    def ungrouped(x: Tensor) -> Tensor:
+        x = x.unflatten(0, (-1, p.groups)).transpose(1, 2).to(dtype or q.dtype).contiguous()
         return x.clone() if x.storage_offset() else x  # not a view of its padded self: torch.compile expects none
 
-    d_q = _heads_last(d_q * scale, p).to(q.dtype)
-    return d_q, ungrouped(d_k, k), ungrouped(d_v, v), ungrouped(d_k2, k2), ungrouped(d_v2, v2)
+    d_q = _heads_last(d_q * scale, p).to(dtype or q.dtype)
+    return d_q, ungrouped(d_k), ungrouped(d_v), ungrouped(d_k2), ungrouped(d_v2)

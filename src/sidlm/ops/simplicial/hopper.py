@@ -1,7 +1,6 @@
 """2-simplicial attention on Hopper: the Gluon kernels where they can run, the portable ones for the rest.
 
-The Gluon kernels take head dimensions 64 and 128 and a shorter window of at most 64. The gradients of the keys and
-values of the determinant form are left to the portable kernel.
+The Gluon kernels take head dimensions 64 and 128 and a shorter window of at most 64, both forms.
 """
 
 import torch
@@ -15,7 +14,7 @@ from sidlm.ops.simplicial import (
     portable,
     prepare,
 )
-from sidlm.ops.simplicial.triton_backward_keys import difference, key_gradients
+from sidlm.ops.simplicial.triton_backward_keys import difference
 
 
 def takes(p: prepare.Problem, scale: float, doc_ids: Tensor | None) -> bool:
@@ -36,38 +35,38 @@ def _problem(*args) -> prepare.Problem:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int, form: str, scale: float,
-    k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    k2_bias: float, v2_bias: float, doc_ids: Tensor | None, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output (B, T, H, D) in q's dtype, contiguous, and natural-log LSE (B, T, H), float32."""
+    """Output (B, T, H, D) in dtype (q's), contiguous, and natural-log LSE (B, T, H), float32."""
     p = _problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
     if not takes(p, scale, doc_ids):
-        return portable.forward(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
-    return hopper_forward.launch(p, scale, prepare.reach(doc_ids, q.shape[1]))
+        return portable.forward(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, dtype)
+    return hopper_forward.launch(p, scale, prepare.reach(doc_ids, q.shape[1]), dtype)
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, out: Tensor,
     lse: Tensor, w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, k2, v2, each contiguous in its input's shape and dtype. The same bits every time."""
+    """Gradients of q, k, v, k2, v2, each contiguous in its input's shape, in dtype (the inputs').
+
+    The same bits every time.
+    """
     p = _problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
     if not takes(p, scale, doc_ids):
-        settings = (w1, w2, form, scale, k2_bias, v2_bias, doc_ids)
+        settings = (w1, w2, form, scale, k2_bias, v2_bias, doc_ids, dtype)
         return portable.backward(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *settings)
     grad_out, grad_lse, out, lse = (x.contiguous() for x in (grad_out, grad_lse, out, lse))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
     portable.plan_delta(grad_out, grad_lse, out, delta).run()
     reach = prepare.reach(doc_ids, q.shape[1])
-    dq = hopper_backward_queries.launch(p, scale, grad_out, lse, delta, reach)
-    if p.determinant:
-        dq = difference(p, list(dq)).to(q.dtype)
-        grads = key_gradients(p, scale, doc_ids, grad_out, lse, delta, prepare.target(q.device))
-    else:
-        (dq,) = dq
-        last = None
-        if doc_ids is not None:
-            first, last = (x[:, -p.k2.shape[1] :] for x in prepare.extents(doc_ids, q.shape[1]))
-            last = torch.stack((last, first))
-        grads = hopper_backward_keys.launch(p, scale, grad_out, lse, delta, last)
-    dk, dv, dk2, dv2 = (x.to(q.dtype, memory_format=torch.contiguous_format) for x in grads)
+    dq = hopper_backward_queries.launch(p, scale, grad_out, lse, delta, reach, dtype)
+    dq = difference(p, list(dq)).to(dtype or q.dtype) if p.determinant else dq[0]
+    last = None
+    if doc_ids is not None:
+        first, last = (x[:, -p.k2.shape[1] :] for x in prepare.extents(doc_ids, q.shape[1]))
+        last = torch.stack((last, first))
+    grads = hopper_backward_keys.launch(p, scale, grad_out, lse, delta, last)
+    dk, dv, dk2, dv2 = (x.to(dtype or q.dtype, memory_format=torch.contiguous_format) for x in grads)
     return (dq, dk2, dv2, dk, dv) if p.swapped else (dq, dk, dv, dk2, dv2)

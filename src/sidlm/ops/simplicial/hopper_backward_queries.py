@@ -30,6 +30,7 @@ from sidlm.ops.simplicial.hopper_tiles import (
     processors,
     stream_keys,
     tile_arguments,
+    virtual_cross,
     visible,
     window,
 )
@@ -111,11 +112,11 @@ def _form(
     v2 = load_offsets(v2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout).to(gl.float32)
     if DETERMINANT:
         k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout).to(gl.float32)
-        qb = load_pairs(qb_ptr, first, b, bg % G, T, R, G, BS, D, layout).to(gl.float32)
-        u = k2 * qb - k2b * q.to(gl.float32)
+        qb = load_pairs(qb_ptr, first, b, bg % G, T, R, G, BS, D, layout)
+        u = virtual_cross(q, qb, k2, k2b, dtype)
     else:
-        u = q.to(gl.float32) * (k2 + k2_bias)
-    u_smem.index(place).store(gl.reshape(u.to(dtype), [64, D]))
+        u = (q.to(gl.float32) * (k2 + k2_bias)).to(dtype)
+    u_smem.index(place).store(gl.reshape(u, [64, D]))
     o = d_out.to(gl.float32) * (v2 + v2_bias)
     u_smem.index(place + 1).store(gl.reshape(o.to(dtype), [64, D]))
 
@@ -362,15 +363,16 @@ def plan(
     return Launch(backward_queries_kernel, grid, args, constants, num_warps=4)
 
 
-def outputs(p: Problem) -> list[Tensor]:
+def outputs(p: Problem, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Room for what `launch` returns."""
-    return [torch.empty_like(p.q, dtype=torch.float32 if p.determinant else None) for _ in range(1 + p.determinant)]
+    return [torch.empty_like(p.q, dtype=torch.float32 if p.determinant else dtype) for _ in range(1 + p.determinant)]
 
 
 def launch(
-    p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None
-) -> tuple[Tensor, ...]:
-    """dq in q's dtype; for the determinant the two float32 sums of `prepare.Problem.rotations`."""
-    dqs = outputs(p)
+    p: Problem, scale: float, grad_out: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dq in dtype (q's); for the determinant the two float32 sums of `prepare.Problem.rotations`."""
+    dqs = outputs(p, dtype)
     plan(p, scale, grad_out, lse, delta, reach, dqs).run()
     return tuple(dqs)

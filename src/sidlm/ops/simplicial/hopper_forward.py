@@ -37,6 +37,7 @@ from sidlm.ops.simplicial.hopper_tiles import (
     processors,
     stream_keys,
     tile_arguments,
+    virtual_cross,
     virtual_queries,
     visible,
     window,
@@ -85,7 +86,9 @@ def _form(
     b = bg // G
     k2 = load_offsets(k2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
     q = load_pairs(q_ptr, first, b, bg % G, T, R, G, BS, D, layout)
-    q_second = load_pairs(q_ptr, second, b, bg % G, T, R, G, BS, D, layout)
+    q_second = q
+    if not DETERMINANT:  # on the way while u is formed; the determinant has no registers for it
+        q_second = load_pairs(q_ptr, second, b, bg % G, T, R, G, BS, D, layout)
     k2b = k2
     qb = q
     if DETERMINANT:
@@ -99,6 +102,7 @@ def _form(
             k2b = load_offsets(k2b_ptr, second, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
     qb_second = q_second
     if DETERMINANT:
+        q_second = load_pairs(q_ptr, second, b, bg % G, T, R, G, BS, D, layout)
         qb_second = load_pairs(qb_ptr, second, b, bg % G, T, R, G, BS, D, layout)
     _combine(u_smem.index(3 + step % 3), q_second, qb_second, k2, k2b, k2_bias, D, BS, DETERMINANT, K2_BIAS)
 
@@ -110,7 +114,7 @@ def _combine(
     D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr,
 ):  # fmt: skip
     if DETERMINANT:
-        u = (k2.to(gl.float32) * qb.to(gl.float32) - k2b.to(gl.float32) * q.to(gl.float32)).to(u_smem.dtype)
+        u = virtual_cross(q, qb, k2, k2b, u_smem.dtype)
     else:
         u = virtual_queries(q, k2, k2_bias, K2_BIAS)
     u_smem.store(gl.reshape(u, [64, D]))
@@ -368,9 +372,11 @@ def plan(p: Problem, scale: float, reach: Tensor | None, out: Tensor, lse: Tenso
     return Launch(forward_kernel, min(args["total"], processors(out.device)), args, constants, num_warps=4)
 
 
-def launch(p: Problem, scale: float, reach: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output (B, T, H, D) and natural-log LSE (B, T, H). D 64 or 128, w2 <= 64, scale > 0."""
-    out = torch.empty_like(p.q)
+def launch(
+    p: Problem, scale: float, reach: Tensor | None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output (B, T, H, D) in dtype (q's) and natural-log LSE (B, T, H). D 64 or 128, w2 <= 64, scale > 0."""
+    out = torch.empty_like(p.q, dtype=dtype)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     plan(p, scale, reach, out, lse).run()
     return out, lse

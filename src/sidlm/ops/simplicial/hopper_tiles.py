@@ -159,6 +159,25 @@ def virtual_queries(q, k2, k2_bias, K2_BIAS: gl.constexpr):
     return u
 
 
+@gluon.jit
+@no_type_check
+def virtual_cross(qa, qb, k2a, k2b, dtype: gl.constexpr):
+    """u of the determinant form from permuted copies, in float32 and rounded once: the same u in every kernel."""
+    return (k2a.to(gl.float32) * qb.to(gl.float32) - k2b.to(gl.float32) * qa.to(gl.float32)).to(dtype)
+
+
+@gluon.jit
+@no_type_check
+def widen(x):
+    """x in float32. A bfloat16 is the upper half of one: one instruction each, where the compiler takes three for two."""
+    if x.dtype == gl.bfloat16:
+        halves: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        wide = gl.inline_asm_elementwise(halves, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        wide = x.to(gl.float32)
+    return wide
+
+
 def gluon_type(x: Tensor) -> Any:
     return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
 

@@ -211,19 +211,20 @@ def plan_queries(
 def backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, out: Tensor,
     lse: Tensor, w1: int, w2: int, form: str, scale: float, k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, k2, v2, each contiguous in its input's shape and dtype.
+    """Gradients of q, k, v, k2, v2, each contiguous in its input's shape, in dtype (the inputs').
 
     grad_out and out (B, T, H, D), grad_lse and lse (B, T, H) float32; grad_lse may be zeros. The same bits every time.
     """
     p = prepare.problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
     grad_out, grad_lse, out, lse = (x.contiguous() for x in (grad_out, grad_lse, out, lse))
     arch = prepare.target(q.device)
-    dq, delta = torch.empty_like(p.q), torch.empty_like(lse)
+    dq, delta = torch.empty_like(p.q, dtype=dtype), torch.empty_like(lse)
     if not dq.numel():
-        dk, dv, dk2, dv2 = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v, k2, v2))
+        dk, dv, dk2, dv2 = (torch.zeros(x.shape, dtype=dq.dtype, device=x.device) for x in (k, v, k2, v2))
         return dq, dk, dv, dk2, dv2
     plan_delta(grad_out, grad_lse, out, delta).run()
     plan_queries(p, scale, doc_ids, grad_out, lse, delta, dq, arch).run()
-    dk, dv, dk2, dv2 = key_gradients(p, scale, doc_ids, grad_out, lse, delta, arch)
+    dk, dv, dk2, dv2 = key_gradients(p, scale, doc_ids, grad_out, lse, delta, arch, dq.dtype)
     return (dq, dk2, dv2, dk, dv) if p.swapped else (dq, dk, dv, dk2, dv2)

@@ -260,13 +260,14 @@ def key_tensors(
 
 
 def key_gradients(
-    p: Problem, scale: float, doc_ids: Tensor | None, grad_out: Tensor, lse: Tensor, delta: Tensor, arch: str
-) -> list[Tensor]:
-    """dk, dv (B, S1, G, D), dk2, dv2 (B, S2, G, D) in the inputs' dtype, contiguous."""
+    p: Problem, scale: float, doc_ids: Tensor | None, grad_out: Tensor, lse: Tensor, delta: Tensor, arch: str,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """dk, dv (B, S1, G, D), dk2, dv2 (B, S2, G, D) in dtype (the inputs'), contiguous."""
     batch, _, s1, s2, groups, _, dim = p.shape
     pieces, cuts = batch * groups, cut(p, arch)
     tensors = key_tensors(p, doc_ids, grad_out, lse, delta)
-    dk, dv, dk2, dv2 = grads = [p.q.new_empty(pieces, s, dim) for s in (s1, s1, s2, s2)]
+    dk, dv, dk2, dv2 = grads = [p.q.new_empty(pieces, s, dim, dtype=dtype) for s in (s1, s1, s2, s2)]
     for start in range(0, pieces, cuts.bg_count):
         count = min(cuts.bg_count, pieces - start)
         kinds, piece = 3 if p.determinant else 2, slice(start, start + count)

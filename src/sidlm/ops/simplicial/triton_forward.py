@@ -309,11 +309,11 @@ def plan(p: Problem, scale: float, doc_ids: Tensor | None, out: Tensor, lse: Ten
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, w1: int, w2: int, form: str, scale: float,
-    k2_bias: float, v2_bias: float, doc_ids: Tensor | None,
+    k2_bias: float, v2_bias: float, doc_ids: Tensor | None, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output (B, T, H, D) in q's dtype, contiguous, and natural-log LSE (B, T, H), float32."""
+    """Output (B, T, H, D) in dtype (q's), contiguous, and natural-log LSE (B, T, H), float32."""
     p = prepare.problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
-    out = torch.empty_like(p.q)
+    out = torch.empty_like(p.q, dtype=dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel():
         plan(p, scale, doc_ids, out, lse, prepare.target(q.device)).run()

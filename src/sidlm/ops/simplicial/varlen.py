@@ -26,6 +26,7 @@ def two_simplicial_attention_varlen(
     k2_bias: float = 0.0,
     v2_bias: float = 0.0,
     return_lse: bool = False,
+    compensate: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "total h d"] | tuple[Float[Tensor, "total h d"], Float[Tensor, "total h"]]:
     """:func:`two_simplicial_attention` over sequences of any lengths, one behind the other without padding.
@@ -54,7 +55,7 @@ def two_simplicial_attention_varlen(
     doc_ids = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)[None]
     out, lse = two_simplicial_attention(
         *(x[None] for x in (q, k, v, k2, v2)), window=window, form=form, scale=scale, k2_bias=k2_bias, v2_bias=v2_bias,
-        doc_ids=doc_ids, return_lse=True, impl=impl,
+        doc_ids=doc_ids, return_lse=True, compensate=compensate, impl=impl,
     )  # fmt: skip
     return (out[0], lse[0]) if return_lse else out[0]
 
@@ -98,6 +99,7 @@ def two_simplicial_attention_halo(
     v2_bias: float = 0.0,
     doc_ids: Int[Tensor, "b s"] | None = None,
     return_lse: bool = False,
+    compensate: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "b t h d"] | tuple[Float[Tensor, "b t h d"], Float[Tensor, "b t h"]]:
     """:func:`two_simplicial_attention` of one rank's shard of sequences that are split over ranks.
@@ -146,5 +148,5 @@ def two_simplicial_attention_halo(
     joined = (torch.cat((before, x), dim=1) if before.shape[1] else x for before, x in zip(halo, own, strict=True))
     return two_simplicial_attention(
         q, *joined, window=window, form=form, scale=scale, k2_bias=k2_bias, v2_bias=v2_bias, doc_ids=doc_ids,
-        return_lse=return_lse, impl=impl,
+        return_lse=return_lse, compensate=compensate, impl=impl,
     )  # fmt: skip
