@@ -10,60 +10,30 @@ the median over steps, memory the peak resident size of the training process.
 
 import argparse
 import json
-import os
-import shlex
-import statistics
-import subprocess
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from _corpus import SID, measured, trained
 
 from sidlm.train import hardware
-
-SID = str(Path(sys.executable).with_name("sid"))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def measured(command: list[str]) -> int:
-    """Run a command and return its peak resident size in bytes."""
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            sys.exit(f"{shlex.join(command)} ended with {process.returncode}:\n{log.read().decode()[-3000:]}")
-    return usage.ru_maxrss * 1024
 
 
 def run(args: argparse.Namespace, arch: str, seed: int, out: Path) -> dict:
     sources = ["--data.train", *args.train, "--data.valid", args.valid, "--data.tokenizer", args.tokenizer]
-    train = [SID, "train", args.config, "--model.arch", arch, "--train.seed", str(seed), "--train.out", str(out)]
+    train = [args.config, "--model.arch", arch, "--train.seed", str(seed), "--train.out", str(out)]
     train += [*sources, "--train.device", "cpu", "--checkpoint.every", "0", "--samples.prompts"]
     # the comparison evaluates at the end, by the command; the loop need not
     train += ["--validation.every", "0", *args.settings]
-    memory = measured(train)
+    headline, _ = trained(train, out)
     evaluation = out / "evaluation.json"
     measured([SID, "evaluate", str(out), "--data", args.valid, "--device", "cpu", "--json", str(evaluation)])
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    headline = {
-        "arch": arch,
-        "seed": seed,
-        "steps": records[-1]["step"],
-        "tokens": records[-1]["tokens"],
-        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records[1:]),
-        "mfu": statistics.median(r["mfu"] for r in records[1:]),
-        "peak_memory_mb": memory / 1e6,
-        "command": shlex.join(["sid", *train[1:]]),
-        "loss": [r["loss"] and round(r["loss"], 4) for r in records],
-    }
-    print(f"{arch} seed {seed}: {headline['tokens_per_second']:.0f} tok/s, {memory / 1e6:.0f} MB", flush=True)
+    speed, memory = headline["tokens_per_second"], headline["peak_memory_mb"]
+    print(f"{arch} seed {seed}: {speed:.0f} tok/s, {memory:.0f} MB", flush=True)
     config = json.loads((out / "model" / "config.json").read_text())
     domains = json.loads(evaluation.read_text())
-    return headline | {"evaluation": {"seq_len": domains["seq_len"], "data": domains["data"]}, "config": config}
+    row = {"arch": arch, "seed": seed} | headline
+    return row | {"evaluation": {"seq_len": domains["seq_len"], "data": domains["data"]}, "config": config}
 
 
 def main() -> None:

@@ -17,6 +17,16 @@ def test_round_trip(tmp_path, config_of, kind):
         assert type(again) is SidConfig and again.to_diff_dict() == config.to_diff_dict()
 
 
+def test_sparsity_round_trip(tmp_path, config_of):
+    settings = {"mlp_sparsity": "2:4", "mlp_precision": "fp8", "mlp_dense_features": 0.25, "mlp_permute_tokens": False,
+                "mlp_reuse_mask": False}  # fmt: skip
+    config_of("full", mlp_type="squared_relu", **settings).save_pretrained(tmp_path)
+    again = SidConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in settings} == settings
+    layer = SidForCausalLM(again).model.layers[0].mlp
+    assert {name: getattr(layer, name.removeprefix("mlp_")) for name in settings} == settings
+
+
 def test_lists_are_not_shared():
     a, b = SidConfig(), SidConfig()
     a.simplicial_window[0] = 3
@@ -40,7 +50,19 @@ def test_a_tuple_window_is_saved_as_a_list():
         ({"num_hidden_layers": 2, "layer_types": ["full_attention"]}, "layer_types has 1 entries, num_hidden"),
         ({"num_hidden_layers": 1, "layer_types": ["ful_attention"]}, r"layer_types\[0\] must.*'ful_attention'"),
         ({"mlp_type": "gelu"}, "mlp_type must be one of .*'gelu'"),
-        ({"mlp_sparsity": "2:4"}, "mlp_sparsity must be None, got '2:4'"),
+        ({"mlp_sparsity": "4:8", "mlp_type": "squared_relu"}, "mlp_sparsity must be one of .*'4:8'"),
+        ({"mlp_sparsity": "2:4"}, "mlp_sparsity '2:4' needs mlp_type 'squared_relu', got 'swiglu'"),
+        ({"mlp_precision": "fp8"}, "mlp_precision 'fp8' needs mlp_type 'squared_relu', got 'swiglu'"),
+        ({"mlp_precision": "fp4", "mlp_type": "squared_relu"}, "mlp_precision must be one of .*'fp4'"),
+        (
+            {"mlp_sparsity": "2:4", "mlp_type": "squared_relu", "num_local_experts": 4},
+            "mlp_sparsity '2:4' is for dense feed-forward layers, but num_local_experts is 4",
+        ),
+        (
+            {"mlp_sparsity": "2:4", "mlp_type": "squared_relu", "intermediate_size": 100},
+            "intermediate_size must be a multiple of 8 for 2:4 sparsity, got 100",
+        ),
+        ({"mlp_dense_features": -0.1}, "mlp_dense_features is a share of the features, from 0 to 1, got -0.1"),
         ({"num_local_experts": 2, "num_experts_per_tok": 3}, r"num_experts_per_tok must be in 1\.\.2.*got 3"),
         ({"num_shared_experts": 1}, "num_shared_experts is 1 but num_local_experts is 0"),
         ({"num_local_experts": 4, "moe_gate": "relu"}, "moe_gate must be one of .*'relu'"),

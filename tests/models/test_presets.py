@@ -53,6 +53,7 @@ def test_overrides():
     swiglu = preset("nano", mlp_type="swiglu")
     assert abs(num_parameters(swiglu) / num_parameters(preset("nano", arch="llama")) - 1) < 0.01
     assert preset("micro", arch="llama", layer_types=["sliding_attention"] * 8).layer_types[0] == "sliding_attention"
+    assert preset("nano", mlp_sparsity="2:4").intermediate_size == preset("nano").intermediate_size
     # a preset handed out is a copy
     preset("nano").simplicial_window[0] = 1
     assert preset("nano").simplicial_window == [64, 8]

@@ -15,7 +15,7 @@ from sidlm.errors import SidError
 from sidlm.train import checkpoint, folder, loop
 from sidlm.train.metrics import JsonLines, read_json_lines
 
-NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens", "valid")
+NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens", "valid", "sparsity")
 
 
 def weights(out):
@@ -71,18 +71,27 @@ def test_micro_batches_differ_in_labels(tmp_path, config):
 
 EXPERTS = {"model.set": ["hidden_size=32", "num_attention_heads=2", "num_key_value_heads=1", "head_dim=16",
                          "intermediate_size=16", "simplicial_window=[8,4]", "num_local_experts=4"]}  # fmt: skip
+# dense up to step 3
+SPARSE = {"model.set": [*EXPERTS["model.set"][:4], "intermediate_size=192", "simplicial_window=[8,4]",
+                        "mlp_sparsity=2:4"], "sparsity.warmup_steps": 3, "train.log_every": 1, "train.steps": 6,
+          "validation.documents": 4}  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["dense", "experts"])
-def test_resume_is_bitwise(tmp_path, argv, changes):
+@pytest.mark.parametrize(
+    ("changes", "death"),
+    [({}, 5), (EXPERTS, 5), (SPARSE, 3), (SPARSE, 5)],
+    ids=["dense", "experts", "sparse-before", "sparse-behind"],
+)
+def test_resume_is_bitwise(tmp_path, argv, changes, death):
     changes = changes | {"validation.every": 3}
     assert main(argv(tmp_path / "whole", **changes)) == 0
-    with pytest.raises(KeyboardInterrupt):  # dies after step 5; the newest checkpoint is of step 4
-        loop.train(loop_config(argv(tmp_path / "cut", **changes)), on_step=die_at(5))
-    assert len(numbers(tmp_path / "cut")) == 5
+    with pytest.raises(KeyboardInterrupt):  # dies after an odd step; the newest checkpoint is of the one before
+        loop.train(loop_config(argv(tmp_path / "cut", **changes)), on_step=die_at(death))
+    assert len(numbers(tmp_path / "cut")) == death
     assert main(argv(tmp_path / "cut", **changes)) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    if changes.keys() & EXPERTS.keys():
+    assert ("sparsity" in read_json_lines(tmp_path / "whole/metrics.jsonl")[-1]) is ("sparsity.warmup_steps" in changes)
+    if changes.get("model.set") == EXPERTS["model.set"]:
         assert any(name.endswith("balance_bias") and t.any() for name, t in all_tensors(tmp_path / "cut").items())
 
 

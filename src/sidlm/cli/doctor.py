@@ -66,11 +66,26 @@ def _attention(dtype: Any, device: Any, impl: str) -> Result:
     return [out, *_gradients(out, weight, (q, k, v))]
 
 
+def _squared_relu_ffn(dtype: Any, device: Any, impl: str) -> Result:
+    """Whole numbers, exact in every dtype: all of them keep the same two of four, ties included."""
+    import torch
+
+    from sidlm.ops import squared_relu_ffn
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((130, 32), (256, 32), (32, 256), (130, 32))
+    values = (torch.randint(-1, 2, shape, generator=generator) for shape in shapes)
+    x, w_up, w_down, weight = (value.to(device, dtype).requires_grad_() for value in values)
+    out = squared_relu_ffn(x, w_up, w_down, sparsity="2:4", impl=impl)
+    return [out, *_gradients(out, weight, (x, w_up, w_down))]
+
+
 CHECKS: dict[str, Callable[[Any, Any, str], Result]] = {
     "simplicial": _simplicial,
     "simplicial=hopper": _hopper,
     "simplicial_decode": _simplicial_decode,
     "attention": _attention,
+    "squared_relu_ffn": _squared_relu_ffn,
 }
 """Op, or op=implementation where one has a check of its own."""
 

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from sidlm.nn.feed_forward import FEED_FORWARDS
+from sidlm.nn.feed_forward import FEED_FORWARDS, check_recipe
 from sidlm.nn.moe import GATES
 from sidlm.nn.simplicial_attention import check_position
 
@@ -65,7 +65,15 @@ class SidConfig(PreTrainedConfig):
     mlp_type: str = "swiglu"
     """feed-forward layer: swiglu or squared_relu"""
     mlp_sparsity: str | None = None
-    """activation sparsity of the feed-forward layers: only None (dense) so far"""
+    """activation sparsity of dense squared_relu feed-forward layers: None, or "2:4", two of every four neighbours"""
+    mlp_precision: str | None = None
+    """matrix products of squared_relu feed-forward layers: None (the dtype of the input), bf16 or fp8"""
+    mlp_dense_features: float | int = 0.05
+    """share of the features, the densest, whose weight gradients stay dense under 2:4 sparsity"""
+    mlp_permute_tokens: bool = True
+    """whether 2:4 sparsity along tokens sees them in a fixed random order"""
+    mlp_reuse_mask: bool = True
+    """whether gradients keep only the activations that the forward pass kept under 2:4 sparsity"""
     num_local_experts: int = 0
     """experts of each feed-forward layer; 0 for a dense one"""
     num_experts_per_tok: int = 2
@@ -147,8 +155,16 @@ class SidConfig(PreTrainedConfig):
     def _check_mlp(self) -> None:
         if self.mlp_type not in FEED_FORWARDS:
             raise ValueError(f"mlp_type must be one of {tuple(FEED_FORWARDS)}, got {self.mlp_type!r}")
-        if self.mlp_sparsity is not None:
-            raise ValueError(f"mlp_sparsity must be None, got {self.mlp_sparsity!r}: not implemented")
+        check_recipe(self.intermediate_size, self.mlp_sparsity, self.mlp_precision, self.mlp_dense_features)
+        for name in ("mlp_sparsity", "mlp_precision"):
+            value = getattr(self, name)
+            if value is not None and self.mlp_type != "squared_relu":
+                raise ValueError(f"{name} {value!r} needs mlp_type 'squared_relu', got {self.mlp_type!r}")
+            if value is not None and self.num_local_experts > 0:
+                raise ValueError(
+                    f"{name} {value!r} is for dense feed-forward layers, but num_local_experts is "
+                    f"{self.num_local_experts}: experts have no such form"
+                )
         if self.num_local_experts < 0 or self.num_shared_experts < 0:
             raise ValueError(
                 "num_local_experts and num_shared_experts must not be negative, "

@@ -14,7 +14,7 @@ from sidlm.models.cache import check_cache
 from sidlm.models.config import SidConfig
 from sidlm.nn.attention import Attention
 from sidlm.nn.block import Block
-from sidlm.nn.feed_forward import FEED_FORWARDS
+from sidlm.nn.feed_forward import SquaredReLUFeedForward, SwiGLUFeedForward
 from sidlm.nn.moe import MoEFeedForward
 from sidlm.nn.norm import RMSNorm
 from sidlm.nn.rotary import Rotary
@@ -50,16 +50,26 @@ def mixer(config: SidConfig, layer_idx: int) -> nn.Module:
 
 def feed_forward(config: SidConfig) -> nn.Module:
     """The feed-forward module of one layer."""
-    if not config.num_local_experts:
-        return FEED_FORWARDS[config.mlp_type](config.hidden_size, config.intermediate_size)
-    return MoEFeedForward(
+    if config.num_local_experts:
+        return MoEFeedForward(
+            config.hidden_size,
+            config.expert_intermediate_size,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            kind=config.mlp_type,
+            gate=config.moe_gate,
+            shared_experts=config.num_shared_experts,
+        )
+    if config.mlp_type == "swiglu":
+        return SwiGLUFeedForward(config.hidden_size, config.intermediate_size)
+    return SquaredReLUFeedForward(
         config.hidden_size,
-        config.expert_intermediate_size,
-        config.num_local_experts,
-        config.num_experts_per_tok,
-        kind=config.mlp_type,
-        gate=config.moe_gate,
-        shared_experts=config.num_shared_experts,
+        config.intermediate_size,
+        sparsity=config.mlp_sparsity,
+        precision=config.mlp_precision,
+        dense_features=config.mlp_dense_features,
+        permute_tokens=config.mlp_permute_tokens,
+        reuse_mask=config.mlp_reuse_mask,
     )
 
 

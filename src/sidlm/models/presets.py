@@ -93,7 +93,8 @@ def _matching_width(fields: dict[str, Any], target: int) -> int:
 
     Rounded to a multiple of 128 (tensor-core tiles) from a hidden_size of 512 up, of 8 below.
     """
-    dense = fields | {"num_local_experts": 0, "num_shared_experts": 0}
+    # without what a width of one would not fit
+    dense = fields | {"num_local_experts": 0, "num_shared_experts": 0, "mlp_sparsity": None}
     multiple = 128 if fields["hidden_size"] >= 512 else 8
     one, two = (num_parameters(_build(dense | {"intermediate_size": width})) for width in (1, 2))
     width = 1 + (target - one) / (two - one)

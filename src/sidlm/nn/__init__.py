@@ -2,6 +2,7 @@
 
 from sidlm.nn.attention import Attention
 from sidlm.nn.block import Block
+from sidlm.nn.convert import convert_squared_relu
 from sidlm.nn.feed_forward import SquaredReLUFeedForward, SwiGLUFeedForward
 from sidlm.nn.moe import MoEFeedForward
 from sidlm.nn.norm import RMSNorm
@@ -18,4 +19,5 @@ __all__ = [
     "SimplicialAttention",
     "SquaredReLUFeedForward",
     "SwiGLUFeedForward",
+    "convert_squared_relu",
 ]

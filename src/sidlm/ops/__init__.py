@@ -14,8 +14,16 @@ from sidlm.ops.simplicial.varlen import (
     two_simplicial_attention_halo,
     two_simplicial_attention_varlen,
 )
+from sidlm.ops.sparse24.api import IMPLEMENTATIONS as _SQUARED_RELU_FFN
+from sidlm.ops.sparse24.api import squared_relu_ffn
+from sidlm.ops.sparse24.select import select_2to4
 
-IMPLEMENTATIONS = {"simplicial": _SIMPLICIAL, "simplicial_decode": _DECODE, "attention": _ATTENTION}
+IMPLEMENTATIONS = {
+    "simplicial": _SIMPLICIAL,
+    "simplicial_decode": _DECODE,
+    "attention": _ATTENTION,
+    "squared_relu_ffn": _SQUARED_RELU_FFN,
+}
 """Op -> its implementations in order of preference; see :mod:`sidlm.ops.dispatch`."""
 
 __all__ = [
@@ -31,6 +39,8 @@ __all__ = [
     "rope3_frequencies",
     "rope_cos_sin",
     "rope_frequencies",
+    "select_2to4",
+    "squared_relu_ffn",
     "two_simplicial_attention",
     "two_simplicial_attention_halo",
     "two_simplicial_attention_varlen",

@@ -68,6 +68,14 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """2:4 activation sparsity of a model with mlp_sparsity "2:4"; without effect on any other."""
+
+    warmup_steps: int = 1000
+    """first optimizer steps, done with dense activations; 0 = sparse from the start"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop."""
 
@@ -149,6 +157,8 @@ class RunConfig:
     """AdamW"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """learning-rate schedule"""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    """2:4 activation sparsity"""
     train: TrainConfig = field(default_factory=TrainConfig)
     """the loop"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -185,7 +195,7 @@ def check(cfg: RunConfig) -> None:
         "validation.batch_size": 1,
         "samples.every": 0, "samples.max_new_tokens": 1, "samples.temperature": 0, "optim.eps": 0,
         "optim.weight_decay": 0, "optim.clip_norm": 0, "schedule.warmup_steps": -1, "schedule.floor": 0,
-        "data.seq_len": 1,
+        "sparsity.warmup_steps": 0, "data.seq_len": 1,
     }  # fmt: skip
     flat = flatten(cfg)
     for key, low in at_least.items():

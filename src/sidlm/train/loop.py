@@ -1,8 +1,9 @@
 """The training loop. Read `train` from top to bottom: it is all there is to training a language model.
 
 Everything that could change a number is a pure function of the config and the step: the initial weights come from
-train.seed, the batch of a step from (seed, step), the learning rate from the step. So a run that was killed and goes
-on from a checkpoint computes, in fp32 on a CPU, bit for bit what it would have computed without.
+train.seed, the batch of a step from (seed, step), the learning rate and whether activations are sparse from the step.
+So a run that was killed and goes on from a checkpoint computes, in fp32 on a CPU, bit for bit what it would have
+computed without.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 from sidlm import __version__
 from sidlm.errors import SidError
 from sidlm.nn.moe import MoEFeedForward
-from sidlm.train import checkpoint, folder, hardware
+from sidlm.train import checkpoint, folder, hardware, sparsity
 from sidlm.train.build import build_model, compile_blocks, open_text
 from sidlm.train.config import RunConfig, check, to_yaml
 from sidlm.train.metrics import RunLog, finite
@@ -95,6 +96,7 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
         if found is not None:
             checkpoint.load(found, tensors)
             state = restore_state(found, text.fingerprint)
+        sparse = sparsity.sparse_layers(model)
         compile_blocks(model, cfg.train.compile, device)
 
         meter = SpeedMeter(model, cfg, hardware.peak_flops(device, precision))
@@ -103,10 +105,13 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
         loss: float | None = None
         with stop, RunLog(out, step=state.step, total_steps=cfg.train.steps, log_every=cfg.train.log_every) as log:
             log.say(headline(cfg, model, device, precision, text, meter, state))
+            if sparse:
+                log.say(sparsity.announcement(sparse, cfg.sparsity, cfg.train.steps))
             for step, batch in prefetched(text.loader, state.step, cfg.train.steps):
                 started = time.perf_counter()
                 lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=cfg.train.steps)
                 set_learning_rate(optimizer, lr)
+                sparsity.switch(sparse, step, cfg.sparsity)
                 loss, norm = train_step(model, optimizer, batch, cfg, device, precision)
 
                 state.step = step + 1
@@ -117,6 +122,8 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
                     record["skipped"] = f"the loss is {loss}, the gradient norm {norm}"
 
                 last = state.step == cfg.train.steps
+                if sparse and due(state.step, cfg.train.log_every, last):
+                    record["sparsity"] = sparsity.measured(sparse)
                 if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
                     state.valid = record["valid"] = validate(model, text, cfg, device, precision)
                 log.record(record)

@@ -66,7 +66,8 @@ def read_json_lines(path: Path) -> list[Record]:
 
 
 class RunLog:
-    """All the outputs of a run's numbers. A record is {"step", "loss", "lr", ..., and "valid" where measured}.
+    """All the outputs of a run's numbers. A record is {"step", "loss", "lr", ...}, with "valid" and "sparsity" where
+    they were measured.
 
     step: steps done before this process. Use it as a context manager.
     """
@@ -127,6 +128,8 @@ def _scalars(record: Record) -> list[tuple[str, float]]:
     scalars = [(name, record[key]) for key, name in names.items() if record.get(key) is not None]
     for domain, numbers in record.get("valid", {}).items():
         scalars += [(f"valid_{key}/{domain}", numbers[key]) for key in ("loss", "bits_per_byte")]
+    for name, layers in record.get("sparsity", {}).items():
+        scalars += [(f"sparsity_{name}/layer_{i}", value) for i, value in enumerate(layers) if value is not None]
     return scalars
 
 

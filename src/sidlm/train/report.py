@@ -61,6 +61,7 @@ def write_report(out: Path, facts: dict[str, Any]) -> Path:
             "<h2>Loss</h2>",
             f"<figure>{_loss_figure(records, out / 'loss.png')}</figure>",
             _small_figures(records),
+            _sparsity(records),
             _domains(records),
             _samples(samples),
             "<h2>Run</h2>",
@@ -133,6 +134,24 @@ def _small_figures(records: list[Record]) -> str:
         axes.set_title(title, color=_INK, fontsize=10)
         figures.append(f"<figure>{_svg(figure, key)}</figure>")
     return f'<div class="pair">{"".join(figures)}</div>'
+
+
+def _sparsity(records: list[Record]) -> str:
+    """Zeros and dropped activations over the run: each layer thin, their mean thick."""
+    measured = [(r["step"], r["sparsity"]) for r in records if "sparsity" in r]
+    if not measured:
+        return ""
+    figures = []
+    for key, title in (("zeros", "activations that are zero, %"), ("dropped", "others dropped by 2:4 sparsity, %")):
+        figure, axes = _figure(4.2, 2.3)
+        found = [(step, [100 * value for value in s[key]]) for step, s in measured if None not in s[key]]
+        if found:
+            steps, layers = zip(*found, strict=True)
+            axes.plot(steps, layers, color=_BLUE, alpha=0.25, linewidth=1)
+            axes.plot(steps, [statistics.mean(values) for values in layers], color=_BLUE, linewidth=1.8)
+        axes.set_title(title, color=_INK, fontsize=10)
+        figures.append(f"<figure>{_svg(figure, key)}</figure>")
+    return f'<h2>Sparsity of activations</h2><div class="pair">{"".join(figures)}</div>'
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -24,10 +24,19 @@ from sidlm.errors import SidError
 Config = TypeVar("Config")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain words with a colon are texts: version 1.1 has numbers to the base 60 and makes 124 of 2:4."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and ":" in value:
+            implicit = (False, False)
+        return super().resolve(kind, value, implicit)
+
+
 def yaml_settings(cls: type, path: str | Path) -> list[list[str]]:
     """The settings of a YAML file. Raises SidError naming the file and the key."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a safe one
     except OSError as error:
         raise SidError(f"cannot read config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -203,7 +212,7 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ValueError(f"expected NAME=VALUE, got {item!r}")
-        overrides[key.strip()] = yaml.safe_load(value)
+        overrides[key.strip()] = yaml.load(value, _Loader)
     return overrides
 
 

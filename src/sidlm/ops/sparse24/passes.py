@@ -1,0 +1,127 @@
+"""The forward and the backward pass, over the steps of an implementation (arXiv 2503.16672).
+
+Two states: sparse (``on``), and dense, which is the form without sparsity and that of the warm-up.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sidlm.ops.sparse24.packed import Packed
+from sidlm.ops.sparse24.recipe import Recipe, split, threshold, token_order
+from sidlm.ops.sparse24.steps import Left, Steps
+
+
+class Kept(NamedTuple):
+    """What the backward pass reads besides the arguments, None where it needs nothing."""
+
+    act: Packed | None = None
+    """relu(y1)^2 (T, F), where 2:4 sparsity keeps it"""
+    counts: Tensor | None = None
+    """int32 (F,): tokens at which a feature is active"""
+    y1: Tensor | None = None
+    """(T, F) in dtype: only without sparsity, or with reuse_mask=False"""
+
+
+def keeps_y1(recipe: Recipe) -> bool:
+    return not (recipe.sparse and recipe.reuse_mask)
+
+
+def unwritten_act(steps: Steps, x: Tensor, w_up: Tensor, recipe: Recipe) -> tuple[Packed, Tensor]:
+    """`Kept.act` and `Kept.counts` for x (T, d) and w_up (F, d), with memory that is not written."""
+    act = steps.empty_packed(len(x), len(w_up), x.dtype, x.device, recipe.fp8)
+    return act, x.new_empty(len(w_up), dtype=torch.int32)
+
+
+def forward(
+    steps: Steps, x: Tensor, w_up: Tensor, w_down: Tensor, on: bool, keep: bool, measure: bool, recipe: Recipe
+) -> tuple[Tensor, Kept, Tensor]:
+    """out (T, d_out); what is kept, of the same shapes in both states, nothing unless keep; statistics float32 (5,).
+
+    The statistics are NaN unless measure, and where they are not known yet.
+    """
+    shares = x.new_full((5,), torch.nan, dtype=torch.float32)
+    y1 = steps.dense_matmul(x, w_up, recipe.fp8)  # (T, F)
+    kept = Kept(y1=y1 if keep and keeps_y1(recipe) else None)
+    if on:
+        act, counts, totals = steps.pack_activation(y1, recipe.fp8)
+        del y1
+        out = steps.sparse_matmul(act, w_down, recipe.fp8)
+        least = threshold(counts, recipe.dense_features) if measure else None
+        if least is not None:
+            shares[4] = least / len(x)
+        kept = kept._replace(act=act, counts=counts) if keep else kept
+    else:
+        totals = (y1 > 0).sum().expand(2) if measure else None
+        # in half precision, too, each of the two rounds once, like their float32 form
+        y2 = (y1.relu_() if kept.y1 is None else y1.relu()).square_()
+        out = steps.dense_matmul(y2, w_down, recipe.fp8)
+        if keep and recipe.sparse:
+            act, counts = unwritten_act(steps, x, w_up, recipe)
+            kept = kept._replace(act=act, counts=counts)
+    if measure and totals is not None:
+        shares[0] = 1 - totals[0] / (len(x) * len(w_up))
+        shares[1] = _dropped(totals)
+    return out, kept, shares
+
+
+def backward(
+    steps: Steps, g: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, kept: Kept, on: bool, recipe: Recipe
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w_up and w_down for that of out, g (T, d_out); float32 (2,), the other two statistics."""
+    fp8 = recipe.fp8
+    act: Left
+    dact: Left
+    if on and recipe.reuse_mask:
+        act = kept.act
+        dact = steps.pack_gradient(steps.dense_matmul(g, w_down.T, fp8), act, fp8)
+        dx = steps.sparse_matmul(dact, w_up.T, fp8)
+    else:
+        act, dact = _dense_gradients(steps, g, x, w_up, w_down, kept.y1, fp8)
+        dx = steps.dense_matmul(dact, w_up.T, fp8)
+    if not on:
+        dw_up, dw_down = steps.dense_matmul(dact.T, x.T, fp8), steps.dense_matmul(g.T, act.T, fp8)
+        return dx, dw_up, dw_down, x.new_zeros(2, dtype=torch.float32)
+    assert kept.counts is not None
+    dw_up, dw_down = torch.empty_like(w_up), torch.empty_like(w_down)
+    totals = (
+        _weight_gradient(steps, dw_down.T, act, g, "value", kept.counts, recipe),
+        _weight_gradient(steps, dw_up, dact, x, "magnitude", kept.counts, recipe),
+    )
+    return dx, dw_up, dw_down, torch.stack([_dropped(t) for t in totals])
+
+
+def _dense_gradients(
+    steps: Steps, g: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, y1: Tensor | None, fp8: bool
+) -> tuple[Tensor, Tensor]:
+    """relu(y1)^2 and the gradient of y1, each (T, F) in dtype; y1 is computed again if it is None."""
+    r = steps.dense_matmul(x, w_up, fp8).relu_() if y1 is None else y1.relu()
+    act = r.square()
+    return act, steps.dense_matmul(g, w_down.T, fp8).mul_(r.mul_(2))
+
+
+def _weight_gradient(
+    steps: Steps, into: Tensor, left: Left, right: Tensor, by: str, counts: Tensor, recipe: Recipe
+) -> Tensor:
+    """Write left.T @ right into (F, n), with left (T, F) made 2:4 sparse along tokens but for the densest features.
+
+    Returns totals (2,): non-zeros of the sparse features, and how many of them are kept.
+    """
+    perm = token_order(len(right), right.device, recipe.permute_tokens)
+    length = -(-len(right) // steps.token_multiple) * steps.token_multiple
+    b = steps.transpose_rows(right, perm, length, recipe.fp8)  # (n, T')
+    sparse, dense = split(counts, recipe.dense_features)
+    totals = counts.new_zeros(2)
+    if len(sparse):
+        packed, totals = steps.transpose_pack(left, sparse, perm, length, by, recipe.fp8)
+        into.index_copy_(0, sparse, steps.sparse_matmul(packed, b, recipe.fp8))
+    if len(dense):
+        rows = steps.transpose_dense(left, dense, perm, length, recipe.fp8)
+        into.index_copy_(0, dense, steps.dense_matmul(rows, b, recipe.fp8))
+    return totals
+
+
+def _dropped(totals: Tensor) -> Tensor:
+    """Share of totals[0] non-zeros that is not among the totals[1] kept: float32 (), 0 of none."""
+    return (totals[0] - totals[1]) / totals[0].clamp_min(1)

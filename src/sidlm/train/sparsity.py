@@ -1,0 +1,51 @@
+"""2:4 activation sparsity during training: dense at first, and what it drops (arXiv 2503.16672, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidlm.nn.feed_forward import SquaredReLUFeedForward
+from sidlm.train.config import SparsityConfig
+from sidlm.train.metrics import finite
+
+STATISTICS = ("zeros", "dropped", "dropped_act_t", "dropped_dact_t", "threshold")
+"""What a layer measures, in the order of its ``statistics``"""
+
+
+def sparse_layers(model: nn.Module) -> list[SquaredReLUFeedForward]:
+    """The layers with 2:4 sparsity, in their order, told to measure from now on.
+
+    They measure in every step, because to start and to stop would compile them anew; only reading waits for the device.
+    """
+    layers = [m for m in model.modules() if isinstance(m, SquaredReLUFeedForward) and m.sparsity is not None]
+    for layer in layers:
+        layer.measure()
+    return layers
+
+
+def switch(layers: list[SquaredReLUFeedForward], step: int, cfg: SparsityConfig) -> None:
+    """Make the layers dense or sparse for `step` (0-based); a pure function of the step, so resuming is exact."""
+    for layer in layers:
+        layer.enabled.fill_(step >= cfg.warmup_steps)
+
+
+def measured(layers: list[SquaredReLUFeedForward]) -> dict[str, list[float | None]]:
+    """Statistics of the newest forward and backward pass, a number for each layer; None where there is none.
+
+    zeros: share of activations that are zero. dropped: share of the others that the forward pass dropped;
+    dropped_act_t and dropped_dact_t: that the weight gradients' operands dropped besides. threshold: share of tokens
+    at which the sparsest of the features that stay dense is active.
+    """
+    kept = [layer.statistics for layer in layers if layer.statistics is not None]
+    rows: list[Any] = torch.stack(kept).tolist()  # waits for the device once
+    return {name: [finite(row[i]) for row in rows] for i, name in enumerate(STATISTICS)}
+
+
+def announcement(layers: list[SquaredReLUFeedForward], cfg: SparsityConfig, steps: int) -> str:
+    """One line on when the layers become sparse."""
+    if cfg.warmup_steps >= steps:
+        return f"2:4 sparsity never starts: sparsity.warmup_steps={cfg.warmup_steps}, train.steps={steps}"
+    return f"2:4 sparsity in {len(layers)} layers from step {cfg.warmup_steps + 1} on"
