@@ -18,12 +18,14 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 # kernels it is mostly the warps that form and merge tiles that spill, which have few registers and time to spare
 SPILLS = {
     "forward": 40, "delta": 0, "queries": 64, "keys": 1000, "decode": 80, "merge": 0,
-    "hopper_forward": 320, "hopper_queries": 200, "hopper_keys": 400,
+    "hopper_forward": 320, "hopper_queries": 200, "hopper_keys": 400, "hopper_keys determinant": 520,
 }  # fmt: skip
 # Addresses and bounds of the window that are read back, never part of a tile. The key gradients form virtual queries in
-# their loop, beside four accumulators: there it is a dozen of some 600 instructions. What the Gluon kernels do once a
-# tile, inside of that loop, is left out
-SPILLS_IN_LOOPS = {"keys": 16, "hopper_forward": 0, "hopper_queries": 4, "hopper_keys": 16, "decode": 0}
+# their loop, beside four accumulators: there it is a dozen or two of some 400 instructions, of 700 for the determinant,
+# which forms them in float32. What the Gluon kernels do once a tile, inside of that loop, is left out
+SPILLS_IN_LOOPS = {
+    "keys": 16, "hopper_forward": 0, "hopper_queries": 4, "hopper_keys": 16, "hopper_keys determinant": 24, "decode": 0,
+}  # fmt: skip
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 
 
@@ -54,8 +56,9 @@ def check(rows, kernels=TRAINING):
     for row in rows:
         arch, kernel = row["arch"], row["kernel"]
         assert row["shared"] <= SHARED[arch], row
-        assert row["spills"] <= SPILLS[kernel], row
-        assert row["spills_in_loops"] <= SPILLS_IN_LOOPS.get(kernel, 1), row
+        form = f"{kernel} {row['form']}"
+        assert row["spills"] <= SPILLS.get(form, SPILLS[kernel]), row
+        assert row["spills_in_loops"] <= SPILLS_IN_LOOPS.get(form, SPILLS_IN_LOOPS.get(kernel, 1)), row
         assert row.get("tensor_memory", 0) <= 512, row
         if kernel in ("delta", "merge"):
             continue
@@ -96,8 +99,9 @@ def test_gluon_and_decoding(compiled):
         *("sm_90", "--form", "trilinear", "--heads", "32", "8", "--docs", *kernel, "--"),
         *("sm_90", "--form", "determinant", "--heads", "64", "1", "--docs", *kernel, "--"),
         *("sm_90", "--form", "trilinear", "--heads", "32", "8", "--window", "512", "16", "--dim", "64", *kernel, "--"),
+        *("sm_90", "--form", "determinant", "--heads", "32", "8", "--dim", "64", "128", *kernel, "--"),
         *("sm_90", "--form", "trilinear", "--kernel", *DECODING, "--"),
         *("sm_90", "--form", "determinant", "--docs", "--kernel", *DECODING),
     )
-    assert len(rows) == 15
+    assert len(rows) == 22
     check(rows, (*GLUON, *DECODING))

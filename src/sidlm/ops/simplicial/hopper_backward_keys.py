@@ -207,8 +207,7 @@ def _consumer(
     K2_BIAS: gl.constexpr, HAS_DOCS: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_smem.dtype
-    COPIES: gl.constexpr = 2 if DETERMINANT else 1  # of a key and of its gradient, side by side in memory
-    COPIES2: gl.constexpr = 3 if DETERMINANT else 1  # of a second key
+    COPIES2: gl.constexpr = 3 if DETERMINANT else 1  # of a second key, side by side in memory
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -250,9 +249,9 @@ def _consumer(
         if lo > hi:
             mine_from = 0
             mine_to = 0
-        # of them, those whose queries all see all the keys
+        # of them, those whose queries all see all the keys and m (with documents it may be seen by fewer than w2)
         whole_from = gl.cdiv(gl.maximum(t, j - (S1 - T) + 63) * R - row, 64)
-        whole_to = (gl.minimum(hi + 1, j - (S1 - T) + w1) * R - row) // 64
+        whole_to = (gl.minimum(gl.minimum(t + w2, j - (S1 - T) + w1), hi + 1) * R - row) // 64
         begin = 0
         if HAS_DOCS:  # the queries are of the document of m: so must the keys be
             begin = gl.load(last_ptr + (BG // G + b) * S2 + gl.minimum(mine, S2 - 1))
@@ -364,7 +363,7 @@ def backward_keys_kernel(
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     SUMS: gl.constexpr = 1 if DETERMINANT else 2  # in shared memory: of dk and of dv, or of dv alone
-    COPIES: gl.constexpr = 2 if DETERMINANT else 1
+    COPIES: gl.constexpr = 2 if DETERMINANT else 1  # of a key, side by side in memory
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, D], q_desc.layout)

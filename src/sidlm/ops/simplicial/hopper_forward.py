@@ -113,10 +113,7 @@ def _combine(
     u_smem, q, qb, k2, k2b, k2_bias,
     D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr,
 ):  # fmt: skip
-    if DETERMINANT:
-        u = virtual_cross(q, qb, k2, k2b, u_smem.dtype)
-    else:
-        u = virtual_queries(q, k2, k2_bias, K2_BIAS)
+    u = virtual_cross(q, qb, k2, k2b, u_smem.dtype) if DETERMINANT else virtual_queries(q, k2, k2_bias, K2_BIAS)
     u_smem.store(gl.reshape(u, [64, D]))
 
 
@@ -372,9 +369,7 @@ def plan(p: Problem, scale: float, reach: Tensor | None, out: Tensor, lse: Tenso
     return Launch(forward_kernel, min(args["total"], processors(out.device)), args, constants, num_warps=4)
 
 
-def launch(
-    p: Problem, scale: float, reach: Tensor | None, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def launch(p: Problem, scale: float, reach: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Output (B, T, H, D) in dtype (q's) and natural-log LSE (B, T, H). D 64 or 128, w2 <= 64, scale > 0."""
     out = torch.empty_like(p.q, dtype=dtype)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)

@@ -169,7 +169,7 @@ def virtual_cross(qa, qb, k2a, k2b, dtype: gl.constexpr):
 @gluon.jit
 @no_type_check
 def widen(x):
-    """x in float32. A bfloat16 is the upper half of one: one instruction each, where the compiler takes three for two."""
+    """x in float32. A bfloat16 is the upper half of one: an instruction, where the compiler takes three for two."""
     if x.dtype == gl.bfloat16:
         halves: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
         wide = gl.inline_asm_elementwise(halves, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
