@@ -82,6 +82,10 @@ def transpose_rows(x: Tensor, perm: Tensor, length: int, fp8: bool) -> tuple[Ten
     return _operand(F.pad(x[perm].T, (0, length - len(perm))), fp8)
 
 
+def product_into(into: Tensor, rows: Tensor, left: Packed | Operand, b: Operand, fp8: bool) -> None:
+    into.index_copy_(0, rows, (sparse_matmul if isinstance(left, Packed) else dense_matmul)(left, b, fp8))
+
+
 STEPS = Steps(
     dense_matmul=dense_matmul,
     pack_activation=pack_activation,
@@ -90,6 +94,7 @@ STEPS = Steps(
     transpose_pack=transpose_pack,
     transpose_dense=transpose_dense,
     transpose_rows=transpose_rows,
+    product_into=product_into,
 )
 
 

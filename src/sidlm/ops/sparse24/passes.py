@@ -74,7 +74,8 @@ def backward(
     act: Left
     dact: Left
     if on and recipe.reuse_mask:
-        act = kept.act
+        assert kept.act is not None
+        act = steps.opened(kept.act)
         dact = steps.pack_gradient(steps.dense_matmul(g, w_down.T, fp8), act, fp8)
         dx = steps.sparse_matmul(dact, w_up.T, fp8)
     else:
@@ -115,10 +116,10 @@ def _weight_gradient(
     totals = counts.new_zeros(2)
     if len(sparse):
         packed, totals = steps.transpose_pack(left, sparse, perm, length, by, recipe.fp8)
-        into.index_copy_(0, sparse, steps.sparse_matmul(packed, b, recipe.fp8))
+        steps.product_into(into, sparse, packed, b, recipe.fp8)
     if len(dense):
         rows = steps.transpose_dense(left, dense, perm, length, recipe.fp8)
-        into.index_copy_(0, dense, steps.dense_matmul(rows, b, recipe.fp8))
+        steps.product_into(into, dense, rows, b, recipe.fp8)
     return totals
 
 

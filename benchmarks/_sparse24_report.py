@@ -1,0 +1,157 @@
+"""Table, Markdown, plot and crossovers of benchmarks/sparse24.py, all from its rows alone."""
+
+from pathlib import Path
+
+OURS = "sidlm 2:4"
+PEAK_GB_S = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350}
+HEADER = f"{'model':<9}{'what':<30}{'precision':<10}{'variant':<24}{'T':>6}{'zeros':>7}{'ms':>10}{'':>14}"
+
+
+def _name(row: dict) -> str:
+    return f"{row['kind']} {row['what']}".strip()
+
+
+def line(row: dict) -> str:
+    """One row of the table."""
+    text = f"{row['model']:<9}{_name(row):<30}{row['precision']:<10}{row['variant']:<24}{row['T']:>6}"
+    if row["status"] != "ok":
+        first = row.get("error", "").splitlines()
+        return f"{text}  {row['status']}{': ' + first[0][:110] if first else ''}"
+    if "ms" not in row:
+        return text
+    text += f"{row['zeros']:>7.1%}{row['ms']:>10.4f}"
+    if "gb_s" in row:
+        text += f"{row['gb_s']:>9.0f} GB/s"
+    elif "tflops" in row:
+        text += f"{row['tflops']:>6.0f} TFLOP/s"
+    if "speedup" in row:
+        text += f"  {row['speedup']:.2f}x {row['over']}"
+    if "difference" in row:
+        text += f"  differs by {row['difference']:.1e}"
+    return text + ("  (calls)" if row.get("timed") == "calls" else "")
+
+
+def _measured(results: dict, kind: str) -> list[dict]:
+    return [row for row in results["rows"] if row["kind"] == kind and row["status"] == "ok" and "ms" in row]
+
+
+def crossovers(results: dict) -> list[dict]:
+    """For each layer the fewest tokens measured from which on a whole one is faster sparse; None where it never is."""
+    found = {}
+    for kind in ("forward", "step"):
+        for row in _measured(results, kind):
+            if row["variant"] == OURS and "speedup" in row and row["density"] == 0.1:
+                key = (row["precision"], row["model"], row["d"], row["F"])
+                found.setdefault(key, {}).setdefault(kind, []).append((row["T"], row["speedup"]))
+    rows = []
+    for (precision, model, d, features), kinds in found.items():
+        row = {"precision": precision, "model": model, "d": d, "F": features}
+        for kind, points in kinds.items():
+            row[kind] = None
+            for tokens, speedup in sorted(points, reverse=True):
+                if speedup <= 1:
+                    break
+                row[kind] = tokens
+        rows.append(row)
+    return rows
+
+
+def entries(results: dict) -> list[str]:
+    """Lines for src/sidlm/ops/sparse24/crossover.py."""
+    device = results["runs"][-1]["device"]
+    return [
+        f'    Crossover("{device}", {row["precision"] == "fp8"}, {row["F"]}, {row["d"]}, {row["step"] or "NEVER"}),'
+        for row in results["crossovers"]
+        if "step" in row
+    ]
+
+
+def tables(results: dict) -> str:
+    """Markdown: layers, products and packings."""
+    facts = results["runs"][-1]
+    out = [
+        f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, cuSPARSELt {facts['cusparselt']}, "
+        f"revision {facts['git_revision']}, {facts['date']}; copy {facts['copy_gb_s']:.0f} GB/s.",
+        f"`{facts['command']}`",
+    ]
+    for kind, title in (("forward", "Layer, forward"), ("step", "Layer, forward and backward"), ("gemm", "Products")):
+        rows = _measured(results, kind)
+        if rows:
+            out += [
+                "",
+                f"### {title}",
+                "",
+                "| model | T | what | precision | zeros | variant | ms | TFLOP/s | speed-up |",
+            ]
+            out.append("|---|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            speed = f"{row['speedup']:.2f} over {row['over']}" if "speedup" in row else ""
+            rate = f"{row['tflops']:.0f}" if "tflops" in row else ""
+            out.append(
+                f"| {row['model']} | {row['T']} | {row['what']} | {row['precision']} | {row['zeros']:.1%} "
+                f"| {row['variant']} | {row['ms']:.3f} | {rate} | {speed} |"
+            )
+    rows = _measured(results, "pack")
+    if rows:
+        out += [
+            "",
+            "### Packing",
+            "",
+            "| model | T | what | precision | variant | ms | GB/s | of a copy | of the peak |",
+        ]
+        out.append("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        run = results["runs"][row["run"]]
+        peak = PEAK_GB_S.get(run["device"])
+        share = f"{row['gb_s'] / peak:.0%}" if peak else ""
+        out.append(
+            f"| {row['model']} | {row['T']} | {row['what']} | {row['precision']} | {row['variant']} | {row['ms']:.3f} "
+            f"| {row['gb_s']:.0f} | {row['gb_s'] / run['copy_gb_s']:.0%} | {share} |"
+        )
+    if results["crossovers"]:
+        out += ["", "### Fewest tokens from which on 2:4 is faster", "", "| model | precision | forward | step |"]
+        out.append("|---|---|---|---|")
+    for row in results["crossovers"]:
+        sizes = (row.get(kind, "") or ("never" if kind in row else "") for kind in ("forward", "step"))
+        out.append("| {} | {} | {} | {} |".format(row["model"], row["precision"], *sizes))
+    return "\n".join(out) + "\n"
+
+
+def draw(results: dict, path: Path) -> None:
+    """Speed-up of a layer over the best dense one of the same precision, over the tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=150, sharey=True)
+    for ax, kind, title in zip(axes, ("forward", "step"), ("forward", "forward + backward"), strict=True):
+        lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for row in _measured(results, kind):
+            if row["variant"] == OURS and "speedup" in row and row["density"] == 0.1:
+                lines.setdefault((row["model"], row["precision"]), []).append((row["T"], row["speedup"]))
+        colours = {model: f"C{n}" for n, model in enumerate(dict.fromkeys(model for model, _ in lines))}
+        for (model, precision), points in sorted(lines.items()):
+            style = "-" if precision == "fp8" else "--"
+            points = sorted(points)
+            label = f"{model}, {precision}"
+            ax.plot(*zip(*points, strict=True), style, marker="o", ms=3, color=colours[model], label=label)
+        ax.axhline(1, color="0.5", lw=0.8)
+        ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
+        if ticks:
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks])
+            ax.legend(frameon=False, fontsize=7, ncols=2)
+        ax.set(title=f"one layer, {title}", xlabel="tokens")
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("times as fast as the best dense layer")
+    facts = results["runs"][-1]
+    zeros = [row["zeros"] for row in results["rows"] if "zeros" in row and row["density"] == 0.1]
+    about = f", {min(zeros):.0%} of the activations zero" if zeros else ""
+    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, medians{about}", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"plot: {path}")
