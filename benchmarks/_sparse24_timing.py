@@ -100,8 +100,9 @@ def run_task(task: Task, layer: Layer, clock: Clock, seed: int, milliseconds: fl
         rows.append(row)
         try:
             run, result = start(function, clock.device, row)
-            if not all(x.isfinite().all() for x in result):
-                raise ArithmeticError("the result has NaN or infinity")
+            wrong = [n for n, x in enumerate(result) if not x.isfinite().all()]
+            if wrong:
+                raise ArithmeticError(f"NaN or infinity in result {', '.join(map(str, wrong))} of {len(result)}")
             if first is None:
                 first = name, result[:1]
             elif result and result[0].shape == first[1][0].shape:

@@ -158,13 +158,10 @@ class Operands:
         packed, _ = s.transpose_pack(left, self.sparse, self.perm, self.length, by, fp8)
         a = s.transpose_dense(left, self.dense, self.perm, self.length, fp8)
         parts = [(self.sparse, packed), (self.dense, a)]
-        into_place = getattr(s, "products_into", None) or (
-            lambda into, parts, b, fp8: [s.product_into(into, rows, x, b, fp8) for rows, x in parts]
-        )
         into = torch.empty_like(w_up if product == "d_w_up" else w_down.T)
 
         def run() -> tuple[Tensor, ...]:
-            into_place(into, parts, b, fp8)
+            s.products_into(into, parts, b, fp8)
             return (into,)
 
         return run

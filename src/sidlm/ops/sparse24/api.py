@@ -94,8 +94,7 @@ def _dtypes(tensors: dict[str, Tensor], precision: str | None) -> tuple[torch.dt
         if not t.is_floating_point():
             raise ValueError(f"{name} is {t.dtype}, but must be of a floating-point type")
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    autocast = autocast and x.dtype != torch.float64  # like F.linear
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # like F.linear
     result = torch.get_autocast_dtype(kind) if autocast else x.dtype
     if precision is not None:
         return torch.bfloat16, result

@@ -1,5 +1,7 @@
 """The steps in plain torch, for any device and dtype; e4m3 values are multiplied as the float32 they stand for."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,8 +84,10 @@ def transpose_rows(x: Tensor, perm: Tensor, length: int, fp8: bool) -> tuple[Ten
     return _operand(F.pad(x[perm].T, (0, length - len(perm))), fp8)
 
 
-def product_into(into: Tensor, rows: Tensor, left: Packed | Operand, b: Operand, fp8: bool) -> None:
-    into.index_copy_(0, rows, (sparse_matmul if isinstance(left, Packed) else dense_matmul)(left, b, fp8))
+def products_into(into: Tensor, parts: list[tuple[Tensor, Packed | Operand]], b: Operand, fp8: bool) -> None:
+    for rows, left in parts:
+        product = sparse_matmul(left, b, fp8) if isinstance(left, Packed) else dense_matmul(left, b, fp8)
+        into.index_copy_(0, rows, product)
 
 
 STEPS = Steps(
@@ -94,7 +98,7 @@ STEPS = Steps(
     transpose_pack=transpose_pack,
     transpose_dense=transpose_dense,
     transpose_rows=transpose_rows,
-    product_into=product_into,
+    products_into=products_into,
 )
 
 

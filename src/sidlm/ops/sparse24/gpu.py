@@ -197,12 +197,6 @@ def transpose_dense(
     return triton_transpose.transpose_dense(p.for_kernels, features, perm, length, fp8, bits=p.largest)
 
 
-def _product_into(into, rows, left, b, fp8):
-    into.index_copy_(0, rows, (sparse_matmul if isinstance(left, Packed | Laid) else dense_matmul)(left, b, fp8))
-
-
-# until the patch of steps.py is applied
-_INTO = {"products_into": products_into} if "products_into" in Steps._fields else {"product_into": _product_into}
 STEPS = Steps(
     dense_matmul=dense_matmul,
     pack_activation=pack_activation,
@@ -213,7 +207,7 @@ STEPS = Steps(
     transpose_rows=triton_transpose.transpose_rows,
     token_multiple=TOKENS,
     empty_packed=empty_packed,
-    **_INTO,  # pyright: ignore
+    products_into=products_into,  # pyright: ignore
     opened=opened,  # pyright: ignore
 )
 

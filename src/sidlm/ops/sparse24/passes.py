@@ -113,13 +113,14 @@ def _weight_gradient(
     length = -(-len(right) // steps.token_multiple) * steps.token_multiple
     b = steps.transpose_rows(right, perm, length, recipe.fp8)  # (n, T')
     sparse, dense = split(counts, recipe.dense_features)
-    totals = counts.new_zeros(2)
+    totals, parts = counts.new_zeros(2), []
     if len(sparse):
         packed, totals = steps.transpose_pack(left, sparse, perm, length, by, recipe.fp8)
-        steps.product_into(into, sparse, packed, b, recipe.fp8)
+        parts.append((sparse, packed))
     if len(dense):
-        rows = steps.transpose_dense(left, dense, perm, length, recipe.fp8)
-        steps.product_into(into, dense, rows, b, recipe.fp8)
+        parts.append((dense, steps.transpose_dense(left, dense, perm, length, recipe.fp8)))
+    if parts:
+        steps.products_into(into, parts, b, recipe.fp8)
     return totals
 
 

@@ -55,9 +55,9 @@ class Steps(NamedTuple):
     """(p (T, F), features (n,), perm (T,), length, fp8) -> the same with all non-zeros (n, T'), scale (n,) or None"""
     transpose_rows: Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor | None]]
     """(x (T, d), perm (T,), length, fp8) -> x[perm].T with zeros up to length (d, T'), and scale (d,) or None"""
-    product_into: Callable[[Tensor, Tensor, Any, Operand, bool], None]
-    """(into (F, n) with any strides, rows int64 (m,), left, b (n, K), fp8) -> into[rows] = left @ b.T, where left is a
-    Packed (m, K) or an operand (m, K)"""
+    products_into: Callable[[Tensor, list[tuple[Tensor, Any]], Operand, bool], None]
+    """(into (F, n) with any strides, [(rows int64 (m,), left), ..], b (n, K), fp8) -> into[rows] = left @ b.T for each
+    part, where left is a Packed (m, K) or an operand (m, K); together the parts have each row of into once"""
     token_multiple: int = 8
     """length is T rounded up to a multiple of this, itself one of 8"""
     empty_packed: Callable[[int, int, torch.dtype, torch.device, bool], Packed] = empty_packed

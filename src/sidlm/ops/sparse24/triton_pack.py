@@ -100,7 +100,7 @@ def pack_tiles_kernel(
 def pack_rows_kernel(
     y_ptr, values_ptr, metadata_ptr, scale_ptr, totals_ptr, T,
     F: tl.constexpr, BYTE: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, COUNT: tl.constexpr,
-    BF: tl.constexpr, AHEAD: tl.constexpr,
+    BF: tl.constexpr,
 ):  # fmt: skip
     """y1 (T, F) -> e4m3 values (T, F / 2), metadata, scale (T,); a program has one row."""
     G: tl.constexpr = BF // 4
@@ -112,13 +112,9 @@ def pack_rows_kernel(
     top = tl.zeros([1, G], y_ptr.dtype.element_ty if PACKED else tl.float32)
     before = tl.zeros([1, G], y_ptr.dtype.element_ty if PACKED else tl.float32)
     kept, loaded = (), ()
-    # loads run AHEAD chunks ahead by hand: the compiler moves none past the stores of metadata
-    for chunk in tl.static_range(AHEAD if AHEAD < CHUNKS else CHUNKS):
+    for chunk in tl.static_range(CHUNKS):  # before anything is written: the compiler moves no load past a store
         loaded = loaded + (tl.load(y_ptr + base * F + chunk * BF + c, mask=c < F - chunk * BF, other=0.0),)
     for chunk in tl.static_range(CHUNKS):
-        if chunk + AHEAD < CHUNKS:
-            y = tl.load(y_ptr + base * F + (chunk + AHEAD) * BF + c, mask=c < F - (chunk + AHEAD) * BF, other=0.0)
-            loaded = loaded + (y,)
         x0, x1, x2, x3 = quads(lanes(loaded[chunk], PACKED), 1, BF)
         low, high, nibbles = choose(x0, x1, x2, x3, False, PACKED)
         if COUNT:
@@ -167,7 +163,7 @@ def plan(y1: Tensor, act: Packed, counts: Tensor | None, totals: Tensor | None, 
     if fp8:
         columns, warps = row_shape(F)
         args |= {"scale_ptr": act.scale, "totals_ptr": totals, "T": T}
-        return Launch(pack_rows_kernel, T, args, constants | {"BF": columns, "AHEAD": 4}, warps)
+        return Launch(pack_rows_kernel, T, args, constants | {"BF": columns}, warps)
     strips = -(-F // TILE)
     steps = min(8, max(1, T * strips // (UNROLL * PROGRAMS)))  # few programs have few sums to add
     args |= {"counts_ptr": counts, "totals_ptr": totals, "T": T, "steps": steps}
