@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-OURS = "sidlm 2:4"
+OURS, UNPACKED = "sidlm 2:4", "sidlm 2:4 unpacked"
 PEAK_GB_S = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350}
 HEADER = f"{'model':<9}{'what':<30}{'precision':<10}{'variant':<24}{'T':>6}{'zeros':>7}{'ms':>10}{'':>14}"
 
@@ -35,34 +35,49 @@ def _measured(results: dict, kind: str) -> list[dict]:
     return [row for row in results["rows"] if row["kind"] == kind and row["status"] == "ok" and "ms" in row]
 
 
+def _from(points: list[tuple[int, bool]]) -> int | None:
+    """The fewest tokens of those measured from which on it is true for all; None if it is not for the most."""
+    found = None
+    for tokens, true in sorted(points, reverse=True):
+        if not true:
+            break
+        found = tokens
+    return found
+
+
 def crossovers(results: dict) -> list[dict]:
-    """For each layer the fewest tokens measured from which on a whole one is faster sparse; None where it never is."""
-    found = {}
+    """For each layer the fewest tokens measured from which on 2:4 is faster than dense, forward and as a step; and
+    from which on ("products") its step is faster with sparse products than with dense ones of the unpacked operands.
+    """
+    layers, unpacked = {}, {}
     for kind in ("forward", "step"):
         for row in _measured(results, kind):
-            if row["variant"] == OURS and "speedup" in row and row["density"] == 0.1:
-                key = (row["precision"], row["model"], row["d"], row["F"])
-                found.setdefault(key, {}).setdefault(kind, []).append((row["T"], row["speedup"]))
-    rows = []
-    for (precision, model, d, features), kinds in found.items():
-        row = {"precision": precision, "model": model, "d": d, "F": features}
-        for kind, points in kinds.items():
-            row[kind] = None
-            for tokens, speedup in sorted(points, reverse=True):
-                if speedup <= 1:
-                    break
-                row[kind] = tokens
-        rows.append(row)
-    return rows
+            key = (row["precision"], row["model"], row["d"], row["F"])
+            if row["variant"] == UNPACKED:
+                unpacked[kind, key, row["T"], row["density"]] = row["ms"]
+    for kind in ("forward", "step"):
+        for row in _measured(results, kind):
+            if row["variant"] != OURS or "speedup" not in row or row["density"] != 0.1:
+                continue
+            key = (row["precision"], row["model"], row["d"], row["F"])
+            kinds = layers.setdefault(key, {})
+            kinds.setdefault(kind, []).append((row["T"], row["speedup"] > 1))
+            other = unpacked.get((kind, key, row["T"], row["density"]))
+            if kind == "step" and other is not None:
+                kinds.setdefault("products", []).append((row["T"], row["ms"] < other))
+    return [
+        dict(zip(("precision", "model", "d", "F"), key, strict=True)) | {kind: _from(x) for kind, x in kinds.items()}
+        for key, kinds in layers.items()
+    ]
 
 
 def entries(results: dict) -> list[str]:
     """Lines for src/sidlm/ops/sparse24/crossover.py."""
     device = results["runs"][-1]["device"]
     return [
-        f'    Crossover("{device}", {row["precision"] == "fp8"}, {row["F"]}, {row["d"]}, {row["step"] or "NEVER"}),'
+        f'    Crossover("{device}", {row["precision"] == "fp8"}, {row["F"]}, {row["d"]}, {row["products"] or "NEVER"}),'
         for row in results["crossovers"]
-        if "step" in row
+        if "products" in row
     ]
 
 
@@ -109,11 +124,11 @@ def tables(results: dict) -> str:
             f"| {row['gb_s']:.0f} | {row['gb_s'] / run['copy_gb_s']:.0%} | {share} |"
         )
     if results["crossovers"]:
-        out += ["", "### Fewest tokens from which on 2:4 is faster", "", "| model | precision | forward | step |"]
-        out.append("|---|---|---|---|")
+        out += ["", "### Fewest tokens from which on 2:4 is faster", ""]
+        out += ["| model | precision | forward | step | sparse products |", "|---|---|---|---|---|"]
     for row in results["crossovers"]:
-        sizes = (row.get(kind, "") or ("never" if kind in row else "") for kind in ("forward", "step"))
-        out.append("| {} | {} | {} | {} |".format(row["model"], row["precision"], *sizes))
+        sizes = [row.get(kind, "") or ("never" if kind in row else "") for kind in ("forward", "step", "products")]
+        out.append("| {} | {} | {} | {} | {} |".format(row["model"], row["precision"], *sizes))
     return "\n".join(out) + "\n"
 
 

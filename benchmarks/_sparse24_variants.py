@@ -21,6 +21,8 @@ Variants = dict[str, Callable[[], tuple[Tensor, ...]]]
 OURS = "sidlm 2:4"
 DENSE = "dense"
 """So the variants are named that compute the same without 2:4; SwiGLU is another function"""
+UNPACKED = "sidlm 2:4 unpacked"
+"""The same function with dense products"""
 BACKENDS = ("cusparselt", "torchao")
 
 
@@ -75,9 +77,9 @@ def ours(layer: Layer, precision: str, sparsity: str | None, step: bool) -> Call
 
 def layer_variants(task: Task, layer: Layer, seed: int) -> Variants:
     step, fp8, device = task.kind == "step", task.precision == "fp8", layer.x.device
-    names = usable(device, task.precision) or [""]
-    found: Variants = {OURS: within(names[0], ours(layer, task.precision, "2:4", step))}
-    found |= {f"{OURS} ({n})": within(n, ours(layer, task.precision, "2:4", step)) for n in names[1:]}
+    name = (usable(device, task.precision) or [""])[0]
+    found: Variants = {OURS: within(name, ours(layer, task.precision, "2:4", step))}
+    found[UNPACKED] = within("dense", ours(layer, task.precision, "2:4", step))
     found["dense sidlm"] = ours(layer, task.precision, None, step)
     if device.type != "cuda":
         return found

@@ -80,6 +80,10 @@ def test_crossover_is_where_all_larger_sizes_are_faster(script):
     module, _ = script
     rows = rows_of(module, {512: 1.1, 1024: 0.9, 2048: 1.01, 8192: 1.3})
     rows += rows_of(module, {512: 0.5, 8192: 0.99}, precision="bf16")
+    # dense products of the same function: faster below 1024, and in bf16 always
+    rows += rows_of(module, {512: 0.6, 1024: 0.9}, variant="sidlm 2:4 unpacked", ms=0.9)[:1]
+    rows += rows_of(module, {1024: 0.8, 2048: 0.9, 8192: 1.0}, variant="sidlm 2:4 unpacked", ms=1.1)
+    rows += rows_of(module, {8192: 1.1}, variant="sidlm 2:4 unpacked", ms=0.7, precision="bf16")
     rows += rows_of(module, {4096: 1.2, 1024: 0.8}, kind="forward")
     rows += rows_of(module, {16384: 0.1}, density=0.16) + rows_of(module, {16384: 0.1}, status="error")
     results = {"rows": rows, "runs": [{"device": "NVIDIA H200"}]}
@@ -87,13 +91,14 @@ def test_crossover_is_where_all_larger_sizes_are_faster(script):
     by = {row["precision"]: row for row in found}
     assert by["fp8"]["step"] == 2048 and by["fp8"]["forward"] == 4096
     assert by["bf16"]["step"] is None and "forward" not in by["bf16"]
+    assert by["fp8"]["products"] == 1024 and by["bf16"]["products"] is None
     from sidlm.ops.sparse24.crossover import NEVER, Crossover
 
     lines = [
         eval(line.strip().rstrip(","), {"Crossover": Crossover, "NEVER": NEVER}) for line in module.entries(results)
     ]
     assert set(lines) == {
-        Crossover("NVIDIA H200", True, 16384, 4096, 2048), Crossover("NVIDIA H200", False, 16384, 4096, NEVER)
+        Crossover("NVIDIA H200", True, 16384, 4096, 1024), Crossover("NVIDIA H200", False, 16384, 4096, NEVER)
     }  # fmt: skip
 
 
@@ -127,11 +132,11 @@ def test_a_failing_row_stops_nothing_and_resume_runs_it_again(script, tmp_path, 
     run("--only", "layer", "--out", out)
     rows = json.loads(out.read_text())["rows"]
     failed = [row for row in rows if row["status"] == "error"]
-    assert len(rows) == 16 and len(failed) == 4 and all(row["error"] == "RuntimeError: as planned" for row in failed)
+    assert len(rows) == 24 and len(failed) == 8 and all(row["error"] == "RuntimeError: as planned" for row in failed)
     monkeypatch.setattr(variants, "squared_relu_ffn", works)
     run("--only", "layer", "--out", out, "--resume")
     results = json.loads(out.read_text())
-    assert len(results["runs"]) == 2 and len(results["rows"]) == 16
+    assert len(results["runs"]) == 2 and len(results["rows"]) == 24
     assert all(row["status"] == "ok" and row["run"] == (row["precision"] == "fp8") for row in results["rows"])
 
 

@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 PORTABLE = ("pack", "gradient", "transpose_value", "dense", "rows")  # 16 bits: sm_80 has no e4m3, gfx942 another one
 FP8 = tuple(f"{name}_fp8" for name in (*PORTABLE, "counts", "largest", "columns"))
 FEATURES = 21504
-# for two programs of 8 warps on a multiprocessor, for three; float32 tiles to be turned form one
+# for two programs of 8 warps on a multiprocessor; float32 tiles to be turned form one, packing three of 8 or five of 4
 REGISTERS = {"sm_90": 128, "sm_100": 128, "sm_80": 255, "gfx942": 128}
-PACKING_REGISTERS = {"pack": 80, "pack_fp8": 80, "gradient": 80}
+PACKING_REGISTERS = {("pack", 4): 64, ("pack_fp8", 8): 80, ("pack_fp8", 4): 96}
 SHARED = 32 << 10  # of what is turned around; packing has a few hundred bytes, to compare warps
 
 
@@ -47,7 +47,7 @@ def of(rows, arch, features):
 def test_they_fit(rows):
     for row in rows:
         assert row["spills"] == 0 and row.get("stack", 0) == 0, row
-        assert row["registers"] <= PACKING_REGISTERS.get(row["kernel"], REGISTERS[row["arch"]]), row
+        assert row["registers"] <= PACKING_REGISTERS.get((row["kernel"], row["warps"]), REGISTERS[row["arch"]]), row
         assert row["shared"] <= SHARED, row
 
 

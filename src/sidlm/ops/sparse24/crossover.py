@@ -1,7 +1,7 @@
-"""From how many tokens on the sparse products pay: below, the dense ones compute the same function faster.
+"""From how many tokens on sparse products pay: below, dense ones of the unpacked operands are faster.
 
-Each entry is a measurement of `benchmarks/sparse24.py` (whole layer, forward and backward, packing included), written
-by it; what it was measured on is in benchmarks/results.
+The function is the same. Each entry is a measurement of `benchmarks/sparse24.py` (a layer, forward and backward), which
+prints it; what it was measured on is in benchmarks/results.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ class Crossover(NamedTuple):
     width: int
     """d of x and of the result"""
     tokens: int
-    """the smallest number measured at which 2:4 sparsity is faster, and at all above"""
+    """the smallest number measured at which sparse products are faster, and at all above"""
 
 
 NEVER = 1 << 62
-"""tokens, where 2:4 sparsity was faster at no size"""
+"""tokens, where sparse products were faster at no size"""
 
 TABLE: tuple[Crossover, ...] = ()
 
