@@ -77,40 +77,44 @@ BACKENDS = {
 @functools.cache
 def failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend that should run does not compute the right product of a small example, or None."""
+    fp8 = dtype == FP8
+    kind = torch.bfloat16 if fp8 else dtype
     try:
-        wrong = _try(BACKENDS[name], device, dtype)
+        expected = example("reference", device, fp8, torch.float32)
+        wrong = max(difference(example(name, device, fp8, kind, turned), expected) for turned in (False, True))
     except Exception as error:  # whatever a library raises, it is not to be used
         first = next(iter(str(error).splitlines()), "")
         return f"failed on a small product: {type(error).__name__}: {first[:120]}"
     return None if wrong < cusparselt.TOLERANCE else f"computed a small product wrong, by {wrong:.1e} of a row"
 
 
-def _try(backend: Backend, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest error of a row of a product with b in either order; every pattern of a group occurs."""
+def example(name: str, device: torch.device, fp8: bool, dtype: torch.dtype, turned: bool = False) -> Tensor:
+    """A product (256, 192), K = 512, by the backend of that name in dtype, or by "reference" on the dense matrix.
+
+    With fp8 the values are e4m3, and dtype is that of the reference; else all are numbers that bfloat16 has. Every
+    pattern of a group occurs, and every factor is another. turned: whether b lies transposed.
+    """
     make = torch.Generator().manual_seed(0)
-    x, b = (torch.randn(n, 512, generator=make).to(device) for n in (256, 192))
+    x, b = (torch.randn(n, 512, generator=make).bfloat16().float().to(device) for n in (256, 192))
     plain = pack(x, select_2to4(x, by="magnitude"))
-    plain = plain._replace(values=plain.values.to(dtype))
-    b, b_scale = quantize_rows(b) if dtype == FP8 else (b.to(dtype), None)
-    scale = None if b_scale is None else torch.exp2(torch.arange(256, device=device) % 7 - 3.0)
-    expected = unpack(plain._replace(values=plain.values.float(), scale=scale)) @ b.float().T
-    expected = expected if b_scale is None else expected * b_scale
-    metadata, layout = plain.metadata, backend.layouts[dtype.itemsize]
+    scale = torch.exp2(torch.arange(256, device=device) % 7 - 3.0) if fp8 else None
+    b, b_scale = quantize_rows(b) if fp8 else (b, None)
+    plain = Packed(plain.values.to(FP8 if fp8 else dtype), plain.metadata, scale)
+    if name == "reference":
+        product = unpack(plain._replace(values=plain.values.float())).to(dtype) @ b.to(dtype).T
+        return product if b_scale is None else product * b_scale.to(dtype)
+    backend, b = BACKENDS[name], b if fp8 else b.to(dtype)
+    metadata, layout = plain.metadata, backend.layouts[plain.values.itemsize]
     if layout != "plain":
         from sidlm.ops.sparse24.triton_relayout import relayout
 
         metadata = torch.empty_like(plain.metadata)
         relayout(plain.metadata, metadata, layout)
-    p = Packed(plain.values, metadata, scale)
-    errors = []
-    for order in (b, b.T.contiguous().T):
-        product = backend.multiply(p, order, b_scale)
-        if product is None:
-            return 1.0
-        values = product.values.float()
-        values = values if product.rows is None else values * product.rows[:, None]
-        errors.append(difference(values if product.columns is None else values * product.columns, expected))
-    return max(errors)
+    product = backend.multiply(plain._replace(metadata=metadata), b.T.contiguous().T if turned else b, b_scale)
+    if product is None:
+        raise RuntimeError("no algorithm computes it right")
+    values = product.values if product.rows is None else product.values * product.rows[:, None]
+    return values if product.columns is None else values * product.columns
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -136,11 +140,16 @@ def choose(device: torch.device, dtype: torch.dtype, tokens: int, features: int)
     The one that SID_IMPL names ("sparse24_product", "sparse24_product_fp8"), or the first that can. "dense" where the
     sizes are not multiples of what it takes, and where there are too few tokens for it to pay, unless it was named.
     """
+    return _choose(device, dtype, tokens, features, os.environ.get("SID_IMPL", ""))
+
+
+@functools.lru_cache(maxsize=4096)  # it is asked for every product, and the host is the slower one for few tokens
+def _choose(device: torch.device, dtype: torch.dtype, tokens: int, features: int, asked: str) -> str:
     op = "sparse24_product_fp8" if dtype == FP8 else "sparse24_product"
     name = dispatch.choose(op, OPS[op], None, device, dtype)
     multiple = max(BACKENDS[name].multiples[:2])
     if name == "dense" or tokens % multiple or features % multiple:
         return "dense"
-    named = f"{op}={name}" in os.environ.get("SID_IMPL", "").replace(" ", "").split(",")
+    named = f"{op}={name}" in asked.replace(" ", "").split(",")
     enough = crossover.tokens(torch.cuda.get_device_name(device), dtype == FP8, features)
     return name if named or tokens >= enough else "dense"

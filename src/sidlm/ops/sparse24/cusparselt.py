@@ -41,6 +41,19 @@ def blob(p: Packed) -> Tensor:
     )
 
 
+@functools.cache
+def _machine(device: torch.device) -> str:
+    version = torch.backends.cusparselt.version()
+    return f"{torch.cuda.get_device_name(device)}, cuSPARSELt {version}, torch {torch.__version__}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(dtype: torch.dtype, sizes: tuple[int, ...], turned: bool) -> str:
+    """Name of a product's shape in the file of algorithms."""
+    rounded = " x ".join(str(algorithms.bucket(n)) for n in sizes)
+    return f"{str(dtype).removeprefix('torch.')} {rounded}{' transposed' if turned else ''}"
+
+
 def multiply(p: Packed, b: Tensor, b_scale: Tensor | None) -> Product | None:
     """p (M, K) @ b.T with b (N, K), in b's dtype or, for e4m3, in bfloat16 without the scales, which it cannot apply.
 
@@ -66,11 +79,8 @@ def multiply(p: Packed, b: Tensor, b_scale: Tensor | None) -> Product | None:
         rows, want = expected()
         return difference(product[rows], want) < TOLERANCE
 
-    version = torch.backends.cusparselt.version()
-    machine = f"{torch.cuda.get_device_name(b.device)}, cuSPARSELt {version}, torch {torch.__version__}"
-    sizes = " x ".join(str(algorithms.bucket(n)) for n in (m, b.shape[1], len(b)))
-    shape = f"{str(b.dtype).removeprefix('torch.')} {sizes}{'' if b.is_contiguous() else ' transposed'}"
-    algorithm = algorithms.best(machine, shape, run, right)
+    shape = _shape(b.dtype, (m, b.shape[1], len(b)), not b.is_contiguous())
+    algorithm = algorithms.best(_machine(b.device), shape, run, right)
     if algorithm is None:
         return None
     try:
