@@ -1,7 +1,5 @@
 """The steps in plain torch, for any device and dtype; e4m3 values are multiplied as the float32 they stand for."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
