@@ -52,8 +52,8 @@ class Laid:
 
     @property
     def for_backend(self) -> Packed:
-        scale = self.scale if self.scale is None else F.pad(self.scale, (0, len(self.values) - self.rows))
-        return Packed(self.values, self.tiled, scale)
+        scale, padding = self.scale, len(self.values) - self.rows
+        return Packed(self.values, self.tiled, F.pad(scale, (0, padding)) if scale is not None and padding else scale)
 
     @cached_property
     def largest(self) -> Tensor | None:
