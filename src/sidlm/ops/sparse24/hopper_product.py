@@ -1,0 +1,144 @@
+"""Products on sm_90a by hopper_product.cu: a 2:4 sparse operand, or a result that leaves 2:4 sparse.
+
+The sparse operand's metadata stays as the kernels that pack write it (the plain layout), and scales are applied to the
+accumulators.
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sidlm.ops import nvrtc
+from sidlm.ops.sparse24.packed import Packed
+
+SOURCE = Path(__file__).with_suffix(".cu")
+
+
+class Variant(NamedTuple):
+    """What is compiled: the constants of hopper_product.cu, which says what they mean."""
+
+    sparse: bool
+    bytes: int
+    fp16: bool = False
+    turned: bool = False
+    pack: bool = False
+    scaled: bool = False
+    warpgroups: int = 2
+    stages: int = 4
+    slots: int = 3
+    cluster: int = 2
+    group: int = 8
+
+    @property
+    def rows(self) -> int:
+        """Of a block's tile."""
+        return 64 * self.warpgroups
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        stage = 256 * 128 + self.rows * (64 if self.sparse else 128)
+        boxes = self.warpgroups * 64 * 128 * (2 if self.pack else 1)
+        return self.stages * stage + (self.slots * self.rows * 32 if self.sparse else 0) + boxes + 16 * self.stages
+
+    @property
+    def source(self) -> str:
+        return _source(self)
+
+
+@functools.cache
+def _source(variant: Variant) -> str:
+    defines = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in variant._asdict().items())
+    return defines + _multiply(variant) + SOURCE.read_text(encoding="utf-8")
+
+
+def _multiply(variant: Variant) -> str:
+    """The function `multiply`: one wgmma of 64 x 256, accumulated in 128 registers."""
+    kind = "e4m3" if variant.bytes == 1 else "f16" if variant.fp16 else "bf16"
+    k = 32 // variant.bytes * (2 if variant.sparse else 1)
+    registers = ", ".join(f"%{i}" for i in range(128))
+    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(128))
+    sparse = variant.sparse
+    last = 131 if sparse else 130
+    turned = "" if variant.bytes == 1 else f", 0, {int(variant.turned)}"
+    metadata = f", %130, %{last + 1}" if sparse else ""
+    return f"""
+{"template <int SELECTOR> " if sparse else ""}__device__ __forceinline__ void multiply(
+    float (&c)[128], unsigned long long a, unsigned long long b, {"unsigned e, " if sparse else ""}int add) {{
+  asm volatile("{{.reg .pred add; setp.ne.b32 add, %{last}, 0;\\n"
+    "wgmma.mma_async{".sp" if sparse else ""}.sync.aligned.m64n256k{k}.f32.{kind}.{kind} "
+    "{{{registers}}}, %128, %129{metadata}, add, 1, 1{turned};}}"
+    : {outputs} : "l"(a), "l"(b), {'"r"(e), ' if sparse else ""}"r"(add){', "n"(SELECTOR)' if sparse else ""});
+}}
+"""
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _run(variant: Variant, maps: list, rest: list, M: int, N: int, K: int, device: torch.device) -> None:
+    tiles = -(-M // (variant.rows * variant.cluster)) * -(-N // 256)
+    blocks = variant.cluster * min(tiles, _multiprocessors(device) // variant.cluster)
+    kernel = nvrtc.function(variant.source, "product", variant.shared, device.index or 0)
+    nvrtc.launch(kernel, blocks, 128 * (variant.warpgroups + 1), variant.shared, [*maps, *rest, M, N, K])
+
+
+def _second(variant: Variant, b: Tensor):
+    """The copy engine's map of b (N, K), or of b' that lies as (K, N)."""
+    box = (128, 64) if variant.turned else (128, 256 // variant.cluster)
+    return nvrtc.tensor_map(b.T if variant.turned else b, box, 128)
+
+
+def sparse_product(p: Packed, b: Tensor, b_scale: Tensor | None, **how) -> Tensor:
+    """p (M, K), plain metadata, @ b.T with b (N, K), times both scales: (M, N) in b's dtype, bfloat16 for e4m3.
+
+    K is a multiple of 128, N of 8. b is contiguous, or for 16 bits b.T is. how: fields of `Variant`.
+    """
+    (M, K), N, size = (len(p.values), 2 * p.values.shape[1]), len(b), b.element_size()
+    variant = Variant(True, size, fp16=b.dtype == torch.float16, turned=not b.is_contiguous(), scaled=size == 1)
+    variant = variant._replace(**how)
+    out = b.new_empty(M, N, dtype=torch.bfloat16 if size == 1 else b.dtype)
+    maps = [
+        nvrtc.tensor_map(p.values, (64, variant.rows), 64),
+        _second(variant, b),
+        nvrtc.tensor_map(p.metadata, (32, variant.rows), 32),
+        nvrtc.tensor_map(out, (128, 64), 128),
+    ]
+    _run(variant, maps, [p.scale, b_scale, None], M, N, K, b.device)
+    return out
+
+
+def packed_product(a: Tensor, b: Tensor, values: Tensor, metadata: Tensor, **how) -> None:
+    """relu(a @ b.T)^2 for bfloat16 a (M, K) and b (N, K), of every four neighbours of a row the two largest, packed.
+
+    Into values bfloat16 (M, N / 2) and plain metadata uint8 (M, N / 8). K is a multiple of 8, N of 64.
+    """
+    (M, K), N = a.shape, len(b)
+    variant = Variant(False, 2, pack=True, slots=0)._replace(**how)
+    maps = [
+        nvrtc.tensor_map(a, (128, variant.rows), 128),
+        _second(variant, b),
+        nvrtc.tensor_map(a, (128, variant.rows), 128),
+        nvrtc.tensor_map(values, (128, 64), 128),
+    ]
+    _run(variant, maps, [None, None, metadata], M, N, K, a.device)
+
+
+def dense_product(a: Tensor, b: Tensor, **how) -> Tensor:
+    """a (M, K) @ b.T with b (N, K) of 16 bits: (M, N). For comparison."""
+    (M, K), N = a.shape, len(b)
+    variant = Variant(False, 2, fp16=a.dtype == torch.float16, turned=not b.is_contiguous(), slots=0)._replace(**how)
+    out = a.new_empty(M, N)
+    maps = [
+        nvrtc.tensor_map(a, (128, variant.rows), 128),
+        _second(variant, b),
+        nvrtc.tensor_map(a, (128, variant.rows), 128),
+        nvrtc.tensor_map(out, (128, 64), 128),
+    ]
+    _run(variant, maps, [None, None, None], M, N, K, a.device)
+    return out
