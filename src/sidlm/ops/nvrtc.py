@@ -26,7 +26,7 @@ def why_not(device: torch.device, capability: tuple[int, int]) -> str | None:
 
 def compiled(source: str, arch: str = "sm_90a") -> bytes:
     """The machine code (cubin) of a source; RuntimeError with the compiler's words if there is none."""
-    from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc  # pyright: ignore
 
     program = _ok(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, None, None))
     options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
@@ -43,7 +43,7 @@ def compiled(source: str, arch: str = "sm_90a") -> bytes:
 
 def _kept(source: str) -> bytes:
     """`compiled`, from the folder of kernels if it is there."""
-    from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc  # pyright: ignore
 
     version = _ok(nvrtc.nvrtcVersion(), whole=True)
     folder = Path(os.environ.get("SID_CACHE") or "~/.cache/sid").expanduser() / "kernels"
@@ -61,7 +61,7 @@ def _kept(source: str) -> bytes:
 @functools.cache
 def function(source: str, name: str, shared: int, device: int) -> Any:
     """A kernel, loaded on a device, that may have this many bytes of dynamic shared memory."""
-    from cuda.bindings import driver
+    from cuda.bindings import driver  # pyright: ignore
 
     torch.cuda.init()
     with torch.cuda.device(device):
@@ -74,7 +74,7 @@ def function(source: str, name: str, shared: int, device: int) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _map(pointer: int, width: int, height: int, stride: int, box: tuple[int, int], swizzle: int) -> Any:
-    from cuda.bindings import driver as d
+    from cuda.bindings import driver as d  # pyright: ignore
 
     kind = d.CUtensorMapSwizzle
     return _ok(
@@ -101,7 +101,7 @@ def tensor_map(x: Tensor, box: tuple[int, int], swizzle: int) -> Any:
 
 def launch(kernel: Any, blocks: int, threads: int, shared: int, args: list[Any]) -> None:
     """Run a kernel in the current stream. args: tensors (their address, None for null), maps and ints of 32 bits."""
-    from cuda.bindings import driver
+    from cuda.bindings import driver  # pyright: ignore
 
     values, kinds = [], []
     for x in args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sidlm.ops import dispatch
-from sidlm.ops.sparse24 import crossover, cusparselt
+from sidlm.ops.sparse24 import crossover, cusparselt, hopper_product
 from sidlm.ops.sparse24.packed import Packed, pack, unpack
 from sidlm.ops.sparse24.products import Product, dense_product, dense_values, difference, reads_metadata
 from sidlm.ops.sparse24.quantize import FP8, quantize_rows
@@ -67,6 +67,7 @@ def _dense(p: Packed, b: Tensor, b_scale: Tensor | None) -> Product:
 
 
 BACKENDS = {
+    "hopper": Backend({1: "plain", 2: "plain"}, (1, 128, 8), hopper_product.why_not, hopper_product.multiply),
     "cusparselt": Backend(cusparselt.LAYOUTS, (64, 64, 16), cusparselt.why_not, cusparselt.multiply),
     "torchao": Backend({1: "cutlass_8bit"}, (64, 128, 16), _why_not_torchao, _torchao),
     "dense": Backend({1: "plain", 2: "plain"}, (1, 1, 1), _why_not_dense, _dense),

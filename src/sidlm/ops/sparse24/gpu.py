@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sidlm.ops.sparse24 import backends, cusparselt, triton_features, triton_gradient, triton_pack, triton_transpose
+from sidlm.ops.sparse24 import (
+    backends,
+    cusparselt,
+    hopper_product,
+    triton_features,
+    triton_gradient,
+    triton_pack,
+    triton_transpose,
+)
 from sidlm.ops.sparse24 import steps as interface
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.products import Product, dense_product, dense_values
@@ -46,8 +54,8 @@ class Laid:
 
     @cached_property
     def for_kernels(self) -> Packed:
-        layout = backends.BACKENDS[self.backend].layouts[self.values.itemsize]
-        metadata = restored(self.tiled, layout, self.rows) if self.metadata is None else self.metadata
+        layout, metadata = _layout(self.backend, self.values.dtype), self.metadata
+        metadata = restored(self.tiled, layout, self.rows) if metadata is None else metadata
         return Packed(self.values[: self.rows], metadata, self.scale)
 
     @property
@@ -59,6 +67,10 @@ class Laid:
     def largest(self) -> Tensor | None:
         """What the scales of its columns are made of, if its rows have scales."""
         return None if self.scale is None else triton_features.largest_of_features(self.for_kernels)
+
+
+def _layout(backend: str, dtype: torch.dtype) -> str:
+    return backends.BACKENDS[backend].layouts[dtype.itemsize]
 
 
 def _up(tokens: int) -> int:
@@ -77,10 +89,17 @@ def _piece(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     return piece[:size].view(dtype).view(rows, -1), piece[size:].view(rows, -1)
 
 
+def _in_place(tiled: Tensor, rows: int, backend: str, dtype: torch.dtype) -> Tensor | None:
+    """Where a kernel can write plain metadata (rows, K / 8) at once, if that is what the backend reads."""
+    return tiled[:rows] if _layout(backend, dtype) == "plain" else None
+
+
 def _lay(values: Tensor, tiled: Tensor, packed: Packed, backend: str) -> Laid:
     """packed, whose values are the first rows of `values`, with its metadata in the backend's order too."""
-    values[len(packed.values) :].zero_()
-    relayout(packed.metadata, tiled, backends.BACKENDS[backend].layouts[values.itemsize])
+    if len(packed.values) < len(values):
+        values[len(packed.values) :].zero_()
+    if packed.metadata.data_ptr() != tiled.data_ptr():
+        relayout(packed.metadata, tiled, _layout(backend, values.dtype))
     return Laid(values, tiled, packed.scale, len(packed.values), backend, packed.metadata)
 
 
@@ -168,14 +187,18 @@ def pack_activation(y1: Tensor, fp8: bool) -> tuple[Packed, Tensor, Tensor]:
     if features % FEATURES:
         return triton_pack.pack_activation(y1, fp8)
     values, tiled = _piece(_up(tokens), features, dtype, y1.device)
-    packed, counts, totals = triton_pack.pack_activation(y1, fp8, values=values[:tokens])
-    return closed(_lay(values, tiled, packed, _backend(dtype, y1.device, tokens, features))), counts, totals
+    backend = _backend(dtype, y1.device, tokens, features)
+    metadata = _in_place(tiled, tokens, backend, dtype)
+    packed, counts, totals = triton_pack.pack_activation(y1, fp8, values=values[:tokens], metadata=metadata)
+    return closed(_lay(values, tiled, packed, backend)), counts, totals
 
 
 def pack_gradient(dy2: Tensor, act: Packed | Laid, fp8: bool) -> Laid:
     act = opened(act)
     values, tiled = _piece(len(act.values), 2 * act.values.shape[1], FP8 if fp8 else dy2.dtype, dy2.device)
     packed = triton_gradient.pack_gradient(dy2, act.for_kernels, fp8, values=values[: len(dy2)])
+    if packed.metadata.data_ptr() == act.tiled.data_ptr():  # as the backend reads it
+        tiled = act.tiled
     return _lay(values, tiled, packed, act.backend)
 
 
@@ -184,8 +207,9 @@ def transpose_pack(
 ) -> tuple[Laid, Tensor]:
     p = opened(p)
     values, tiled = _piece(len(features), length, p.values.dtype, p.values.device)
+    metadata = _in_place(tiled, len(features), p.backend, values.dtype)
     packed, totals = triton_transpose.transpose_pack(
-        p.for_kernels, features, perm, length, by, fp8, bits=p.largest, values=values
+        p.for_kernels, features, perm, length, by, fp8, bits=p.largest, values=values, metadata=metadata
     )
     return _lay(values, tiled, packed, p.backend), totals
 
@@ -195,6 +219,24 @@ def transpose_dense(
 ) -> tuple[Tensor, Tensor | None]:
     p = opened(p)
     return triton_transpose.transpose_dense(p.for_kernels, features, perm, length, fp8, bits=p.largest)
+
+
+def pack_up(x: Tensor, w_up: Tensor, fp8: bool, count: bool) -> tuple[Packed, Tensor] | None:
+    (tokens, features), dtype = (len(x), len(w_up)), FP8 if fp8 else x.dtype
+    backend = _backend(dtype, x.device, tokens, features)
+    (x, x_scale), (w_up, w_scale) = _operand(x, fp8), _operand(w_up, fp8)
+    if backend != "hopper" or not hopper_product.packs(x, w_up):
+        return None
+    values, tiled = _piece(_up(tokens), features, dtype, x.device)
+    packed = Packed(values[:tokens], tiled[:tokens])
+    if x_scale is None or w_scale is None:
+        hopper_product.packed_product(x, w_up, None, packed)
+    else:
+        y1 = Packed(x.new_empty(tokens, features // 2, dtype=torch.bfloat16), packed.metadata)
+        hopper_product.packed_product(x, w_up, (x_scale, w_scale), y1)
+        packed = packed._replace(scale=quantize_rows(y1.values, squares=True, values=packed.values)[1])
+    counts = triton_features.counts_of_features(packed) if count else tiled.new_empty(features, dtype=torch.int32)
+    return closed(_lay(values, tiled, packed, backend)), counts
 
 
 STEPS = Steps(
@@ -209,6 +251,7 @@ STEPS = Steps(
     empty_packed=empty_packed,
     products_into=products_into,  # pyright: ignore
     opened=opened,  # pyright: ignore
+    pack_up=pack_up,
 )
 
 

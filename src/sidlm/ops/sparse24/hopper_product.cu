@@ -5,8 +5,9 @@
 //   BYTES     of an element: 2, or 1 for e4m3
 //   FP16      whether 16-bit elements are float16, not bfloat16
 //   TURNED    whether B lies as (K, N), not (N, K); of 16 bits alone
-//   PACK      whether C leaves as relu(C)^2, 2:4 sparse along its rows and packed, instead of as it is
 //   SCALED    whether C is multiplied by a factor for each row and one for each column
+//   PACK      1: C leaves as relu(C)^2, 2:4 sparse along its rows and packed; 2: as relu(C), for squares of another
+//             scale; 0: as it is. Packed, it is bfloat16
 //   WARPGROUPS, STAGES, SLOTS, CLUSTER, GROUP   how: see below
 //
 // A block makes tiles of BM x BN, one after another. One warp loads, by the copy engine; each of the other warpgroups
@@ -124,6 +125,22 @@ DEVICE u32 metadata(u32 slot, int step) {
 }
 #endif
 
+struct RowScales { float of[2]; };  // of rows r and r + 8
+DEVICE RowScales row_scales(const float* rows, int row, int M) {
+#if SCALED
+  return {row < M ? rows[row] : 0.0f, row + 8 < M ? rows[row + 8] : 0.0f};
+#else
+  return {1.0f, 1.0f};
+#endif
+}
+DEVICE float2 column_scales(const float* columns, int column, int N) {  // of two neighbours; N is even
+#if SCALED
+  return column < N ? *(const float2*)(columns + column) : make_float2(0.0f, 0.0f);
+#else
+  return make_float2(1.0f, 1.0f);
+#endif
+}
+
 #if PACK
 DEVICE u32 halves_relu(float low, float high) {
   u32 x;
@@ -142,39 +159,48 @@ DEVICE Pair two_of_four(u32 x, u32 y, u32 x_low, u32 y_low) {
   u32 one = max(p, q), two = max(min(p, q), low);
   bool swapped = (one & 3) < (two & 3);
   u32 first = swapped ? two : one, second = swapped ? one : two;
+  u32 nibble = (~first & 3) | (~second & 3) << 2;
+  if (PACK == 2) return {__byte_perm(first, second, 0x7632), nibble};
   float u = __uint_as_float(first & 0xFFFF0000), v = __uint_as_float(second & 0xFFFF0000);
-  return {halves(u * u, v * v), (~first & 3) | (~second & 3) << 2};
+  return {halves(u * u, v * v), nibble};
 }
 
 // relu^2 of a warpgroup's 64 x 256 accumulators, packed: values by the copy engine, metadata from the registers.
 // Of 16 neighbours of a row four threads have 2 + 2 each; they trade, so that each has a whole group of four.
-DEVICE void pack_tile(float (&c)[128], u32 out, const TensorMap* map, u8* meta, int m, int n, int M, int N) {
+DEVICE void pack_tile(float (&c)[128], u32 out, const TensorMap* map, const float* rows, const float* columns, u8* meta,
+                      int m, int n, int M, int N) {
   int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4, odd = thread & 1, upper = thread >> 1 & 1;
   u32 mine_low = odd ? 0x00000001u : 0x00020003u, other_low = odd ? 0x00020003u : 0x00000001u;
   int place = upper + 2 * odd;  // of this thread's group in the four
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  RowScales row_scale = row_scales(rows, m + row, M);
+  u32 e[2][4][2] = {};  // of rows r and r + 8, nibbles of 64 columns each, for the thread that will write them
+  if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   warpgroup_sync(threadIdx.x / 128 - 1);
 #pragma unroll
-  for (int i = 0; i < 2; i++) {  // rows r and r + 8
-    u32 e[4][2] = {};            // nibbles of 64 columns each, for the thread that will write them
+  for (int p = 0; p < 16; p++) {  // 16 columns
+    float2 near_scale = column_scales(columns, n + 16 * p + 2 * (thread % 4), N);
+    float2 far_scale = column_scales(columns, n + 16 * p + 8 + 2 * (thread % 4), N);
 #pragma unroll
-    for (int p = 0; p < 16; p++) {  // 16 columns
-      u32 near = halves_relu(c[8 * p + 2 * i], c[8 * p + 2 * i + 1]);
-      u32 far = halves_relu(c[8 * p + 4 + 2 * i], c[8 * p + 4 + 2 * i + 1]);
+    for (int i = 0; i < 2; i++) {
+      float s = row_scale.of[i];
+      u32 near = halves_relu(c[8 * p + 2 * i] * s * near_scale.x, c[8 * p + 2 * i + 1] * s * near_scale.y);
+      u32 far = halves_relu(c[8 * p + 4 + 2 * i] * s * far_scale.x, c[8 * p + 4 + 2 * i + 1] * s * far_scale.y);
       u32 other = __shfl_xor_sync(~0u, odd ? near : far, 1);
       Pair pair = two_of_four(odd ? far : near, other, mine_low, other_low);
-      e[p / 4][p % 4 / 2] |= pair.nibble << (16 * (p % 2) + 4 * place);
+      e[i][p / 4][p % 4 / 2] |= pair.nibble << (16 * (p % 2) + 4 * place);
       int r = row + 8 * i, chunk = (p % 8) ^ (r & 7);
       u32 at = out + p / 8 * OUT_BOX + r * 128 + chunk * 16 + place * 4;
       asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair.values) : "memory");
     }
-    // thread t of the four gets the nibbles of columns 64 t ..
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {  // thread t of the four gets the nibbles of columns 64 t ..
     u32 f[2][2], g[2];
 #pragma unroll
     for (int k = 0; k < 2; k++)
 #pragma unroll
       for (int w = 0; w < 2; w++) {
-        u32 send = upper ? e[k][w] : e[2 + k][w], keep = upper ? e[2 + k][w] : e[k][w];
+        u32 send = upper ? e[i][k][w] : e[i][2 + k][w], keep = upper ? e[i][2 + k][w] : e[i][k][w];
         f[k][w] = keep | __shfl_xor_sync(~0u, send, 2);
       }
 #pragma unroll
@@ -196,14 +222,7 @@ DEVICE void pack_tile(float (&c)[128], u32 out, const TensorMap* map, u8* meta, 
 DEVICE void write_tile(float (&c)[128], u32 out, const TensorMap* map, const float* rows, const float* columns, int m,
                        int n, int M, int N) {
   int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-  float row_scale[2] = {1.0f, 1.0f};
-#if SCALED
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    int y = m + warp * 16 + lane / 4 + 8 * i;
-    row_scale[i] = y < M ? rows[y] : 0.0f;
-  }
-#endif
+  RowScales row_scale = row_scales(rows, m + warp * 16 + lane / 4, M);
 #pragma unroll
   for (int box = 0; box < 4; box++) {
     if (n + 64 * box >= N) break;
@@ -214,14 +233,12 @@ DEVICE void write_tile(float (&c)[128], u32 out, const TensorMap* map, const flo
       u32 x[4];
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        float s = 1.0f, t = 1.0f;
-#if SCALED
-        int column = n + 8 * (j + k) + 2 * (lane % 4);
-        s = column < N ? columns[column] : 0.0f, t = column + 1 < N ? columns[column + 1] : 0.0f;
-#endif
+        float2 t = column_scales(columns, n + 8 * (j + k) + 2 * (lane % 4), N);
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-          x[2 * k + i] = halves(c[4 * (j + k) + 2 * i] * row_scale[i] * s, c[4 * (j + k) + 2 * i + 1] * row_scale[i] * t);
+        for (int i = 0; i < 2; i++) {
+          float s = row_scale.of[i];
+          x[2 * k + i] = halves(c[4 * (j + k) + 2 * i] * s * t.x, c[4 * (j + k) + 2 * i + 1] * s * t.y);
+        }
       }
       int r = warp * 16 + lane % 16, chunk = (j % 8 + lane / 16) ^ (r & 7);
       asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -328,7 +345,7 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
       if (thread < CLUSTER) barrier_arrive(empty + 8 * previous, thread);
       int m = (tile.m * CLUSTER + block) * BM + mine * 64, n = tile.n * BN;
 #if PACK
-      pack_tile(c, out, &c_map, meta, m, n, M, N);
+      pack_tile(c, out, &c_map, rows, columns, meta, m, n, M, N);
 #else
       write_tile(c, out, &c_map, rows, columns, m, n, M, N);
 #endif

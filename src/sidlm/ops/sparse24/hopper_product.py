@@ -13,8 +13,17 @@ from torch import Tensor
 
 from sidlm.ops import nvrtc
 from sidlm.ops.sparse24.packed import Packed
+from sidlm.ops.sparse24.products import Product
+from sidlm.ops.sparse24.quantize import FP8
 
 SOURCE = Path(__file__).with_suffix(".cu")
+DTYPES = (torch.bfloat16, torch.float16, FP8)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"takes bfloat16, float16 and float8_e4m3fn, not {dtype}"
+    return nvrtc.why_not(device, (9, 0))
 
 
 class Variant(NamedTuple):
@@ -24,8 +33,8 @@ class Variant(NamedTuple):
     bytes: int
     fp16: bool = False
     turned: bool = False
-    pack: bool = False
     scaled: bool = False
+    pack: int = 0
     warpgroups: int = 2
     stages: int = 4
     slots: int = 3
@@ -101,6 +110,8 @@ def sparse_product(p: Packed, b: Tensor, b_scale: Tensor | None, **how) -> Tenso
     """
     (M, K), N, size = (len(p.values), 2 * p.values.shape[1]), len(b), b.element_size()
     variant = Variant(True, size, fp16=b.dtype == torch.float16, turned=not b.is_contiguous(), scaled=size == 1)
+    if K % 256 == 0:  # no tile ends within a slot of metadata, so two suffice
+        variant = variant._replace(stages=5, slots=2)
     variant = variant._replace(**how)
     out = b.new_empty(M, N, dtype=torch.bfloat16 if size == 1 else b.dtype)
     maps = [
@@ -113,32 +124,46 @@ def sparse_product(p: Packed, b: Tensor, b_scale: Tensor | None, **how) -> Tenso
     return out
 
 
-def packed_product(a: Tensor, b: Tensor, values: Tensor, metadata: Tensor, **how) -> None:
-    """relu(a @ b.T)^2 for bfloat16 a (M, K) and b (N, K), of every four neighbours of a row the two largest, packed.
+def multiply(p: Packed, b: Tensor, b_scale: Tensor | None) -> Product:
+    """`sparse_product` for b (N, K) with any strides."""
+    if not (b.is_contiguous() or (b.T.is_contiguous() and b_scale is None)):  # e4m3 is taken along K alone
+        b = b.contiguous()
+    return Product(sparse_product(p, b, b_scale))
 
-    Into values bfloat16 (M, N / 2) and plain metadata uint8 (M, N / 8). K is a multiple of 8, N of 64.
+
+def packs(a: Tensor, b: Tensor) -> bool:
+    """Whether `packed_product` takes these."""
+    return a.dtype == b.dtype in (torch.bfloat16, FP8) and a.is_contiguous() and b.is_contiguous()
+
+
+def packed_product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor] | None, packed: Packed, **how) -> None:
+    """relu(a @ b.T) for a (M, K) and b (N, K), of every four neighbours of a row the two largest, packed.
+
+    Into packed: bfloat16 values (M, N / 2) and plain metadata (M, N / 8). bfloat16 factors give squares; e4m3 ones,
+    with the scales (M,) and (N,), what `quantize_rows` makes e4m3 squares of. K is a multiple of 16, N of 64.
     """
-    (M, K), N = a.shape, len(b)
-    variant = Variant(False, 2, pack=True, slots=0)._replace(**how)
+    (M, K), N, size = a.shape, len(b), a.element_size()
+    variant = Variant(False, size, scaled=size == 1, pack=1 if size == 2 else 2, slots=0)._replace(**how)
     maps = [
         nvrtc.tensor_map(a, (128, variant.rows), 128),
         _second(variant, b),
         nvrtc.tensor_map(a, (128, variant.rows), 128),
-        nvrtc.tensor_map(values, (128, 64), 128),
+        nvrtc.tensor_map(packed.values, (128, 64), 128),
     ]
-    _run(variant, maps, [None, None, metadata], M, N, K, a.device)
+    _run(variant, maps, [*(scales or (None, None)), packed.metadata], M, N, K, a.device)
 
 
-def dense_product(a: Tensor, b: Tensor, **how) -> Tensor:
-    """a (M, K) @ b.T with b (N, K) of 16 bits: (M, N). For comparison."""
-    (M, K), N = a.shape, len(b)
-    variant = Variant(False, 2, fp16=a.dtype == torch.float16, turned=not b.is_contiguous(), slots=0)._replace(**how)
-    out = a.new_empty(M, N)
+def dense_product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor] | None = None, **how) -> Tensor:
+    """a (M, K) @ b.T with b (N, K): (M, N), as `sparse_product`. For comparison."""
+    (M, K), N, size = a.shape, len(b), a.element_size()
+    variant = Variant(False, size, fp16=a.dtype == torch.float16, turned=not b.is_contiguous(), slots=0)
+    variant = variant._replace(scaled=size == 1)._replace(**how)
+    out = a.new_empty(M, N, dtype=torch.bfloat16 if size == 1 else a.dtype)
     maps = [
         nvrtc.tensor_map(a, (128, variant.rows), 128),
         _second(variant, b),
         nvrtc.tensor_map(a, (128, variant.rows), 128),
         nvrtc.tensor_map(out, (128, 64), 128),
     ]
-    _run(variant, maps, [None, None, None], M, N, K, a.device)
+    _run(variant, maps, [*(scales or (None, None)), None], M, N, K, a.device)
     return out

@@ -64,3 +64,6 @@ class Steps(NamedTuple):
     """(T, F, dtype, device, fp8) -> a Packed with the shapes, strides and dtypes of `pack_activation`'s, not written"""
     opened: Callable[[Packed], Any] = lambda act: act
     """What `pack_activation` made, as the other functions take it too, for less: the backward pass uses it thrice"""
+    pack_up: Callable[[Tensor, Tensor, bool, bool], tuple[Packed, Tensor] | None] | None = None
+    """(x (T, d), w_up (F, d), fp8, count) -> act and counts of `pack_activation` of their product, counts not written
+    unless count is true; None where the two steps are to be taken"""
