@@ -8,10 +8,10 @@
 //   SCALED    whether C is multiplied by a factor for each row and one for each column
 //   PACK      1: C leaves as relu(C)^2, 2:4 sparse along its rows and packed; 2: as relu(C), for squares of another
 //             scale; 0: as it is. Packed, it is bfloat16
-//   WARPGROUPS, STAGES, SLOTS, CLUSTER, GROUP   how: see below
+//   BN, WARPGROUPS, BLOCKS, STAGES, SLOTS, CLUSTER, GROUP   how: see below
 //
 // A block makes tiles of BM x BN, one after another. One warp loads, by the copy engine; each of the other warpgroups
-// has 64 rows of the tile in its registers. Blocks of a cluster have neighbouring rows and the same columns: each loads
+// has BLOCKS times 64 rows of the tile in its registers. Blocks of a cluster have neighbouring rows and the same columns: each loads
 // a part of B's tile for all. Rows of 128 bytes of B, a stage, go through memory at a time.
 
 using u8 = unsigned char;
@@ -22,17 +22,17 @@ using u64 = unsigned long long;
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-constexpr int BM = 64 * WARPGROUPS, BN = 256;
+constexpr int BM = 64 * BLOCKS * WARPGROUPS;
 constexpr int B_ROW = 128, A_ROW = SPARSE ? 64 : 128;        // bytes a stage has of a row
 constexpr int BK = B_ROW / BYTES;                            // columns of A and B in a stage
 constexpr int A_STAGE = BM * A_ROW, B_STAGE = BN * B_ROW;
 constexpr int MULTIPLIES = SPARSE ? 2 : 4;                   // wgmma's in a stage, each 32 bytes of a row of A
-constexpr int B_BOX = BK * 128, B_BOXES = 4 / CLUSTER;       // of a turned B: 64 columns, and how many a block loads
+constexpr int B_BOX = BK * 128, B_BOXES = BN / 64;           // of a turned B: 64 columns; blocks load them in turn
 constexpr int B_STEP = (TURNED ? B_BOX : B_ROW) / MULTIPLIES;
 constexpr int PERIOD = 256 / BK;                             // stages that share a slot of metadata: 32 bytes of a row
 constexpr int E_SLOT = SPARSE ? BM * 32 : 0;
-constexpr int OUT_BOX = 64 * 128;                            // a warpgroup's rows, 128 bytes of each
-constexpr int OUT_BOXES = PACK ? 2 : 1;                      // that it can write before it waits for the copy engine
+constexpr int OUT_BOX = 64 * (PACK ? 64 : 128);              // 64 rows, so many bytes of each: always 64 columns of C
+constexpr int OUT_BOXES = PACK ? BN / 64 : 1;                // that can be written before they wait for the copy engine
 constexpr int A_AT = STAGES * B_STAGE, E_AT = A_AT + STAGES * A_STAGE, OUT_AT = E_AT + SLOTS * E_SLOT;
 constexpr int BARRIERS_AT = OUT_AT + WARPGROUPS * OUT_BOXES * OUT_BOX;
 
@@ -165,9 +165,9 @@ DEVICE Pair two_of_four(u32 x, u32 y, u32 x_low, u32 y_low) {
   return {halves(u * u, v * v), nibble};
 }
 
-// relu^2 of a warpgroup's 64 x 256 accumulators, packed: values by the copy engine, metadata from the registers.
+// relu^2 of 64 rows of accumulators, packed: values by the copy engine, metadata from the registers.
 // Of 16 neighbours of a row four threads have 2 + 2 each; they trade, so that each has a whole group of four.
-DEVICE void pack_tile(float (&c)[128], u32 out, const TensorMap* map, const float* rows, const float* columns, u8* meta,
+DEVICE void pack_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, const float* rows, const float* columns, u8* meta,
                       int m, int n, int M, int N) {
   int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4, odd = thread & 1, upper = thread >> 1 & 1;
   u32 mine_low = odd ? 0x00000001u : 0x00020003u, other_low = odd ? 0x00020003u : 0x00000001u;
@@ -177,7 +177,7 @@ DEVICE void pack_tile(float (&c)[128], u32 out, const TensorMap* map, const floa
   if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   warpgroup_sync(threadIdx.x / 128 - 1);
 #pragma unroll
-  for (int p = 0; p < 16; p++) {  // 16 columns
+  for (int p = 0; p < BN / 16; p++) {  // 16 columns
     float2 near_scale = column_scales(columns, n + 16 * p + 2 * (thread % 4), N);
     float2 far_scale = column_scales(columns, n + 16 * p + 8 + 2 * (thread % 4), N);
 #pragma unroll
@@ -188,8 +188,8 @@ DEVICE void pack_tile(float (&c)[128], u32 out, const TensorMap* map, const floa
       u32 other = __shfl_xor_sync(~0u, odd ? near : far, 1);
       Pair pair = two_of_four(odd ? far : near, other, mine_low, other_low);
       e[i][p / 4][p % 4 / 2] |= pair.nibble << (16 * (p % 2) + 4 * place);
-      int r = row + 8 * i, chunk = (p % 8) ^ (r & 7);
-      u32 at = out + p / 8 * OUT_BOX + r * 128 + chunk * 16 + place * 4;
+      int r = row + 8 * i, chunk = (p % 4) ^ (r >> 1 & 3);
+      u32 at = out + p / 4 * OUT_BOX + r * 64 + chunk * 16 + place * 4;
       asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair.values) : "memory");
     }
   }
@@ -208,23 +208,23 @@ DEVICE void pack_tile(float (&c)[128], u32 out, const TensorMap* map, const floa
       u32 send = odd ? f[0][w] : f[1][w], keep = odd ? f[1][w] : f[0][w];
       g[w] = keep | __shfl_xor_sync(~0u, send, 1);
     }
-    int y = m + row + 8 * i, x = n + 64 * (2 * upper + odd);
-    if (y < M && x < N) *(uint2*)(meta + (u64)y * (N / 8) + x / 8) = make_uint2(g[0], g[1]);
+    int y = m + row + 8 * i, x = 64 * (2 * upper + odd);
+    if (y < M && x < BN && n + x < N) *(uint2*)(meta + (u64)y * (N / 8) + (n + x) / 8) = make_uint2(g[0], g[1]);
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   warpgroup_sync(threadIdx.x / 128 - 1);
   if (thread == 0)
-    for (int k = 0; k < 2; k++)
-      if (n + 128 * k < N && m < M) store(map, n + 128 * k, m, out + k * OUT_BOX);  // bytes: N / 2 values of two
+    for (int k = 0; k < OUT_BOXES; k++)
+      if (n + 64 * k < N && m < M) store(map, n + 64 * k, m, out + k * OUT_BOX);  // bytes: N / 2 values of two
 }
 #else
-// A warpgroup's 64 x 256 accumulators, scaled and rounded to 16 bits, 64 columns at a time.
-DEVICE void write_tile(float (&c)[128], u32 out, const TensorMap* map, const float* rows, const float* columns, int m,
+// 64 rows of accumulators, scaled and rounded to 16 bits, 64 columns at a time.
+DEVICE void write_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, const float* rows, const float* columns, int m,
                        int n, int M, int N) {
   int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
   RowScales row_scale = row_scales(rows, m + warp * 16 + lane / 4, M);
 #pragma unroll
-  for (int box = 0; box < 4; box++) {
+  for (int box = 0; box < BN / 64; box++) {
     if (n + 64 * box >= N) break;
     if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     warpgroup_sync(threadIdx.x / 128 - 1);
@@ -288,8 +288,7 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
           }
 #if TURNED
 #pragma unroll
-          for (int j = 0; j < B_BOXES; j++) {
-            int box = B_BOXES * block + j;
+          for (int box = block; box < B_BOXES; box += CLUSTER) {
             load_part(base + stage * B_STAGE + box * B_BOX, &b_map, (n + 64 * box) * BYTES, step * BK, barrier);
           }
 #else
@@ -302,11 +301,11 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 3 ? 160 : 232));
-    int mine = warpgroup - 1, thread = threadIdx.x % 128;
-    u32 out = base + OUT_AT + mine * OUT_BOXES * OUT_BOX;
+    int mine = (warpgroup - 1) * BLOCKS, thread = threadIdx.x % 128;
+    u32 out = base + OUT_AT + (warpgroup - 1) * OUT_BOXES * OUT_BOX;
     u64 a_first = descriptor(base + A_AT + mine * 64 * A_ROW, A_ROW), b_first = descriptor(base, B_ROW, TURNED ? B_BOX : 16);
     int stage = 0, phase = 0, slot = 0;
-    float c[128];
+    float c[BLOCKS][BN / 2];
     for (int i = first; i < tiles; i += stride) {
       Tile tile = tile_at(i, tiles_m, tiles_n);
       u32 e_slot = 0;
@@ -319,20 +318,26 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
           e_slot = base + E_AT + slot * E_SLOT + mine * 64 * 32;
           slot = slot + 1 == SLOTS ? 0 : slot + 1;
         }
-        u32 e[2];
-        e[0] = metadata(e_slot, BYTES == 1 ? step % PERIOD * 2 : step % PERIOD);
-        e[1] = BYTES == 1 ? metadata(e_slot, step % PERIOD * 2 + 1) : e[0];
+        u32 e[BLOCKS][2];
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++) {
+          e[j][0] = metadata(e_slot + j * 64 * 32, BYTES == 1 ? step % PERIOD * 2 : step % PERIOD);
+          e[j][1] = BYTES == 1 ? metadata(e_slot + j * 64 * 32, step % PERIOD * 2 + 1) : e[j][0];
+        }
 #endif
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int k = 0; k < MULTIPLIES; k++) {
+        for (int k = 0; k < MULTIPLIES; k++)
+#pragma unroll
+          for (int j = 0; j < BLOCKS; j++) {
+            u64 a_k = a + 2 * k + j * (64 * A_ROW >> 4), b_k = b + (B_STEP * k >> 4);
 #if SPARSE
-          if (BYTES == 2 && k) multiply<1>(c, a + 2 * k, b + (B_STEP * k >> 4), e[k], 1);
-          else multiply<0>(c, a + 2 * k, b + (B_STEP * k >> 4), e[k], step + k);
+            if (BYTES == 2 && k) multiply<1>(c[j], a_k, b_k, e[j][k], 1);
+            else multiply<0>(c[j], a_k, b_k, e[j][k], step + k);
 #else
-          multiply(c, a + 2 * k, b + (B_STEP * k >> 4), step + k);
+            multiply(c[j], a_k, b_k, step + k);
 #endif
-        }
+          }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (step && thread < CLUSTER) barrier_arrive(empty + 8 * previous, thread);
@@ -341,14 +346,17 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-      for (int k = 0; k < 128; k++) asm volatile("" : "+f"(c[k])::"memory");
+      for (int k = 0; k < BLOCKS * BN / 2; k++) asm volatile("" : "+f"(c[k / (BN / 2)][k % (BN / 2)])::"memory");
       if (thread < CLUSTER) barrier_arrive(empty + 8 * previous, thread);
-      int m = (tile.m * CLUSTER + block) * BM + mine * 64, n = tile.n * BN;
+#pragma unroll
+      for (int j = 0; j < BLOCKS; j++) {
+        int m = (tile.m * CLUSTER + block) * BM + (mine + j) * 64, n = tile.n * BN;
 #if PACK
-      pack_tile(c, out, &c_map, rows, columns, meta, m, n, M, N);
+        pack_tile(c[j], out, &c_map, rows, columns, meta, m, n, M, N);
 #else
-      write_tile(c, out, &c_map, rows, columns, m, n, M, N);
+        write_tile(c[j], out, &c_map, rows, columns, m, n, M, N);
 #endif
+      }
     }
     if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }

@@ -35,7 +35,9 @@ class Variant(NamedTuple):
     turned: bool = False
     scaled: bool = False
     pack: int = 0
+    bn: int = 256
     warpgroups: int = 2
+    blocks: int = 1
     stages: int = 4
     slots: int = 3
     cluster: int = 2
@@ -44,13 +46,13 @@ class Variant(NamedTuple):
     @property
     def rows(self) -> int:
         """Of a block's tile."""
-        return 64 * self.warpgroups
+        return 64 * self.warpgroups * self.blocks
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
-        stage = 256 * 128 + self.rows * (64 if self.sparse else 128)
-        boxes = self.warpgroups * 64 * 128 * (2 if self.pack else 1)
+        stage = self.bn * 128 + self.rows * (64 if self.sparse else 128)
+        boxes = self.warpgroups * (64 * self.bn if self.pack else 64 * 128)
         return self.stages * stage + (self.slots * self.rows * 32 if self.sparse else 0) + boxes + 16 * self.stages
 
     @property
@@ -65,21 +67,21 @@ def _source(variant: Variant) -> str:
 
 
 def _multiply(variant: Variant) -> str:
-    """The function `multiply`: one wgmma of 64 x 256, accumulated in 128 registers."""
+    """The function `multiply`: one wgmma of 64 rows, accumulated in registers."""
     kind = "e4m3" if variant.bytes == 1 else "f16" if variant.fp16 else "bf16"
     k = 32 // variant.bytes * (2 if variant.sparse else 1)
-    registers = ", ".join(f"%{i}" for i in range(128))
-    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(128))
-    sparse = variant.sparse
-    last = 131 if sparse else 130
+    first, sparse = variant.bn // 2, variant.sparse
+    registers = ", ".join(f"%{i}" for i in range(first))
+    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(first))
+    last = first + 3 if sparse else first + 2
     turned = "" if variant.bytes == 1 else f", 0, {int(variant.turned)}"
-    metadata = f", %130, %{last + 1}" if sparse else ""
+    metadata = f", %{first + 2}, %{last + 1}" if sparse else ""
     return f"""
 {"template <int SELECTOR> " if sparse else ""}__device__ __forceinline__ void multiply(
-    float (&c)[128], unsigned long long a, unsigned long long b, {"unsigned e, " if sparse else ""}int add) {{
+    float (&c)[{first}], unsigned long long a, unsigned long long b, {"unsigned e, " if sparse else ""}int add) {{
   asm volatile("{{.reg .pred add; setp.ne.b32 add, %{last}, 0;\\n"
-    "wgmma.mma_async{".sp" if sparse else ""}.sync.aligned.m64n256k{k}.f32.{kind}.{kind} "
-    "{{{registers}}}, %128, %129{metadata}, add, 1, 1{turned};}}"
+    "wgmma.mma_async{".sp" if sparse else ""}.sync.aligned.m64n{variant.bn}k{k}.f32.{kind}.{kind} "
+    "{{{registers}}}, %{first}, %{first + 1}{metadata}, add, 1, 1{turned};}}"
     : {outputs} : "l"(a), "l"(b), {'"r"(e), ' if sparse else ""}"r"(add){', "n"(SELECTOR)' if sparse else ""});
 }}
 """
@@ -91,7 +93,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _run(variant: Variant, maps: list, rest: list, M: int, N: int, K: int, device: torch.device) -> None:
-    tiles = -(-M // (variant.rows * variant.cluster)) * -(-N // 256)
+    tiles = -(-M // (variant.rows * variant.cluster)) * -(-N // variant.bn)
     blocks = variant.cluster * min(tiles, _multiprocessors(device) // variant.cluster)
     kernel = nvrtc.function(variant.source, "product", variant.shared, device.index or 0)
     nvrtc.launch(kernel, blocks, 128 * (variant.warpgroups + 1), variant.shared, [*maps, *rest, M, N, K])
@@ -99,7 +101,7 @@ def _run(variant: Variant, maps: list, rest: list, M: int, N: int, K: int, devic
 
 def _second(variant: Variant, b: Tensor):
     """The copy engine's map of b (N, K), or of b' that lies as (K, N)."""
-    box = (128, 64) if variant.turned else (128, 256 // variant.cluster)
+    box = (128, 64) if variant.turned else (128, variant.bn // variant.cluster)
     return nvrtc.tensor_map(b.T if variant.turned else b, box, 128)
 
 
@@ -110,8 +112,6 @@ def sparse_product(p: Packed, b: Tensor, b_scale: Tensor | None, **how) -> Tenso
     """
     (M, K), N, size = (len(p.values), 2 * p.values.shape[1]), len(b), b.element_size()
     variant = Variant(True, size, fp16=b.dtype == torch.float16, turned=not b.is_contiguous(), scaled=size == 1)
-    if K % 256 == 0:  # no tile ends within a slot of metadata, so two suffice
-        variant = variant._replace(stages=5, slots=2)
     variant = variant._replace(**how)
     out = b.new_empty(M, N, dtype=torch.bfloat16 if size == 1 else b.dtype)
     maps = [
@@ -148,7 +148,7 @@ def packed_product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor] | None, p
         nvrtc.tensor_map(a, (128, variant.rows), 128),
         _second(variant, b),
         nvrtc.tensor_map(a, (128, variant.rows), 128),
-        nvrtc.tensor_map(packed.values, (128, 64), 128),
+        nvrtc.tensor_map(packed.values, (64, 64), 64),
     ]
     _run(variant, maps, [*(scales or (None, None)), packed.metadata], M, N, K, a.device)
 
