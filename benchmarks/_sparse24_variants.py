@@ -23,7 +23,7 @@ DENSE = "dense"
 """So the variants are named that compute the same without 2:4; SwiGLU is another function"""
 UNPACKED = "sidlm 2:4 unpacked"
 """The same function with dense products"""
-BACKENDS = ("cusparselt", "torchao")
+BACKENDS = ("hopper", "cusparselt", "torchao")
 
 
 @contextmanager
@@ -77,8 +77,10 @@ def ours(layer: Layer, precision: str, sparsity: str | None, step: bool) -> Call
 
 def layer_variants(task: Task, layer: Layer, seed: int) -> Variants:
     step, fp8, device = task.kind == "step", task.precision == "fp8", layer.x.device
-    name = (usable(device, task.precision) or [""])[0]
+    name, *others = usable(device, task.precision) or [""]
     found: Variants = {OURS: within(name, ours(layer, task.precision, "2:4", step))}
+    for other in set(others) & {"cusparselt"}:
+        found[f"{OURS} ({other})"] = within(other, ours(layer, task.precision, "2:4", step))
     found[UNPACKED] = within("dense", ours(layer, task.precision, "2:4", step))
     found["dense sidlm"] = ours(layer, task.precision, None, step)
     if device.type != "cuda":

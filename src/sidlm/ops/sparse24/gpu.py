@@ -222,19 +222,14 @@ def transpose_dense(
 
 
 def pack_up(x: Tensor, w_up: Tensor, fp8: bool, count: bool) -> tuple[Packed, Tensor] | None:
-    (tokens, features), dtype = (len(x), len(w_up)), FP8 if fp8 else x.dtype
-    backend = _backend(dtype, x.device, tokens, features)
-    (x, x_scale), (w_up, w_scale) = _operand(x, fp8), _operand(w_up, fp8)
-    if backend != "hopper" or not hopper_product.packs(x, w_up):
+    if fp8 or not hopper_product.packs(x, w_up):
         return None
-    values, tiled = _piece(_up(tokens), features, dtype, x.device)
-    packed = Packed(values[:tokens], tiled[:tokens])
-    if x_scale is None or w_scale is None:
-        hopper_product.packed_product(x, w_up, None, packed)
-    else:
-        y1 = Packed(x.new_empty(tokens, features // 2, dtype=torch.bfloat16), packed.metadata)
-        hopper_product.packed_product(x, w_up, (x_scale, w_scale), y1)
-        packed = packed._replace(scale=quantize_rows(y1.values, squares=True, values=packed.values)[1])
+    tokens, features = len(x), len(w_up)
+    values, tiled = _piece(_up(tokens), features, x.dtype, x.device)
+    backend = _backend(x.dtype, x.device, tokens, features)
+    metadata = _in_place(tiled, tokens, backend, x.dtype)
+    packed = Packed(values[:tokens], tiled.new_empty(tokens, features // 8) if metadata is None else metadata)
+    hopper_product.packed_product(x, w_up, packed)
     counts = triton_features.counts_of_features(packed) if count else tiled.new_empty(features, dtype=torch.int32)
     return closed(_lay(values, tiled, packed, backend)), counts
 

@@ -6,8 +6,7 @@
 //   FP16      whether 16-bit elements are float16, not bfloat16
 //   TURNED    whether B lies as (K, N), not (N, K); of 16 bits alone
 //   SCALED    whether C is multiplied by a factor for each row and one for each column
-//   PACK      1: C leaves as relu(C)^2, 2:4 sparse along its rows and packed; 2: as relu(C), for squares of another
-//             scale; 0: as it is. Packed, it is bfloat16
+//   PACK      whether C leaves as relu(C)^2, 2:4 sparse along its rows and packed, instead of as it is; of bfloat16
 //   BN, WARPGROUPS, BLOCKS, STAGES, SLOTS, CLUSTER, GROUP   how: see below
 //
 // A block makes tiles of BM x BN, one after another. One warp loads, by the copy engine; each of the other warpgroups
@@ -125,22 +124,6 @@ DEVICE u32 metadata(u32 slot, int step) {
 }
 #endif
 
-struct RowScales { float of[2]; };  // of rows r and r + 8
-DEVICE RowScales row_scales(const float* rows, int row, int M) {
-#if SCALED
-  return {row < M ? rows[row] : 0.0f, row + 8 < M ? rows[row + 8] : 0.0f};
-#else
-  return {1.0f, 1.0f};
-#endif
-}
-DEVICE float2 column_scales(const float* columns, int column, int N) {  // of two neighbours; N is even
-#if SCALED
-  return column < N ? *(const float2*)(columns + column) : make_float2(0.0f, 0.0f);
-#else
-  return make_float2(1.0f, 1.0f);
-#endif
-}
-
 #if PACK
 DEVICE u32 halves_relu(float low, float high) {
   u32 x;
@@ -160,31 +143,25 @@ DEVICE Pair two_of_four(u32 x, u32 y, u32 x_low, u32 y_low) {
   bool swapped = (one & 3) < (two & 3);
   u32 first = swapped ? two : one, second = swapped ? one : two;
   u32 nibble = (~first & 3) | (~second & 3) << 2;
-  if (PACK == 2) return {__byte_perm(first, second, 0x7632), nibble};
   float u = __uint_as_float(first & 0xFFFF0000), v = __uint_as_float(second & 0xFFFF0000);
   return {halves(u * u, v * v), nibble};
 }
 
 // relu^2 of 64 rows of accumulators, packed: values by the copy engine, metadata from the registers.
 // Of 16 neighbours of a row four threads have 2 + 2 each; they trade, so that each has a whole group of four.
-DEVICE void pack_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, const float* rows, const float* columns, u8* meta,
-                      int m, int n, int M, int N) {
+DEVICE void pack_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, u8* meta, int m, int n, int M, int N) {
   int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4, odd = thread & 1, upper = thread >> 1 & 1;
   u32 mine_low = odd ? 0x00000001u : 0x00020003u, other_low = odd ? 0x00020003u : 0x00000001u;
   int place = upper + 2 * odd;  // of this thread's group in the four
-  RowScales row_scale = row_scales(rows, m + row, M);
   u32 e[2][4][2] = {};  // of rows r and r + 8, nibbles of 64 columns each, for the thread that will write them
   if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   warpgroup_sync(threadIdx.x / 128 - 1);
 #pragma unroll
   for (int p = 0; p < BN / 16; p++) {  // 16 columns
-    float2 near_scale = column_scales(columns, n + 16 * p + 2 * (thread % 4), N);
-    float2 far_scale = column_scales(columns, n + 16 * p + 8 + 2 * (thread % 4), N);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      float s = row_scale.of[i];
-      u32 near = halves_relu(c[8 * p + 2 * i] * s * near_scale.x, c[8 * p + 2 * i + 1] * s * near_scale.y);
-      u32 far = halves_relu(c[8 * p + 4 + 2 * i] * s * far_scale.x, c[8 * p + 4 + 2 * i + 1] * s * far_scale.y);
+      u32 near = halves_relu(c[8 * p + 2 * i], c[8 * p + 2 * i + 1]);
+      u32 far = halves_relu(c[8 * p + 4 + 2 * i], c[8 * p + 4 + 2 * i + 1]);
       u32 other = __shfl_xor_sync(~0u, odd ? near : far, 1);
       Pair pair = two_of_four(odd ? far : near, other, mine_low, other_low);
       e[i][p / 4][p % 4 / 2] |= pair.nibble << (16 * (p % 2) + 4 * place);
@@ -218,6 +195,22 @@ DEVICE void pack_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, const f
       if (n + 64 * k < N && m < M) store(map, n + 64 * k, m, out + k * OUT_BOX);  // bytes: N / 2 values of two
 }
 #else
+struct RowScales { float of[2]; };  // of rows r and r + 8
+DEVICE RowScales row_scales(const float* rows, int row, int M) {
+#if SCALED
+  return {row < M ? rows[row] : 0.0f, row + 8 < M ? rows[row + 8] : 0.0f};
+#else
+  return {1.0f, 1.0f};
+#endif
+}
+DEVICE float2 column_scales(const float* columns, int column, int N) {  // of two neighbours; N is even
+#if SCALED
+  return column < N ? *(const float2*)(columns + column) : make_float2(0.0f, 0.0f);
+#else
+  return make_float2(1.0f, 1.0f);
+#endif
+}
+
 // 64 rows of accumulators, scaled and rounded to 16 bits, 64 columns at a time.
 DEVICE void write_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, const float* rows, const float* columns, int m,
                        int n, int M, int N) {
@@ -310,7 +303,9 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
       Tile tile = tile_at(i, tiles_m, tiles_n);
       u32 e_slot = 0;
       int previous = 0;
-      for (int step = 0; step < steps; step++) {
+      // the tensor cores may still read the metadata of a stage when the next one's is loaded: two sets of registers
+      u32 even[BLOCKS][2] = {}, odd[BLOCKS][2] = {};
+      auto multiply_stage = [&](int step, u32 (&e)[BLOCKS][2], u32 (&before)[BLOCKS][2]) {
         barrier_wait(full + 8 * stage, phase);
         u64 a = a_first + stage * (A_STAGE >> 4), b = b_first + stage * (B_STAGE >> 4);
 #if SPARSE
@@ -318,7 +313,6 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
           e_slot = base + E_AT + slot * E_SLOT + mine * 64 * 32;
           slot = slot + 1 == SLOTS ? 0 : slot + 1;
         }
-        u32 e[BLOCKS][2];
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++) {
           e[j][0] = metadata(e_slot + j * 64 * 32, BYTES == 1 ? step % PERIOD * 2 : step % PERIOD);
@@ -340,11 +334,20 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
           }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++) asm volatile("" ::"r"(before[j][0]), "r"(before[j][1]));  // until here
         if (step && thread < CLUSTER) barrier_arrive(empty + 8 * previous, thread);
         previous = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
+      };
+      for (int step = 0; step < steps; step += 2) {
+        multiply_stage(step, even, odd);
+        if (step + 1 < steps) multiply_stage(step + 1, odd, even);
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+      for (int j = 0; j < BLOCKS; j++)
+        asm volatile("" ::"r"(even[j][0]), "r"(even[j][1]), "r"(odd[j][0]), "r"(odd[j][1]));
 #pragma unroll
       for (int k = 0; k < BLOCKS * BN / 2; k++) asm volatile("" : "+f"(c[k / (BN / 2)][k % (BN / 2)])::"memory");
       if (thread < CLUSTER) barrier_arrive(empty + 8 * previous, thread);
@@ -352,7 +355,7 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
       for (int j = 0; j < BLOCKS; j++) {
         int m = (tile.m * CLUSTER + block) * BM + (mine + j) * 64, n = tile.n * BN;
 #if PACK
-        pack_tile(c[j], out, &c_map, rows, columns, meta, m, n, M, N);
+        pack_tile(c[j], out, &c_map, meta, m, n, M, N);
 #else
         write_tile(c[j], out, &c_map, rows, columns, m, n, M, N);
 #endif

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sidlm.ops import nvrtc
-from sidlm.ops.sparse24.packed import Packed
+from sidlm.ops.sparse24.packed import Packed, unpack
 from sidlm.ops.sparse24.products import Product
 from sidlm.ops.sparse24.quantize import FP8
+from sidlm.ops.sparse24.select import select_2to4
 
 SOURCE = Path(__file__).with_suffix(".cu")
 DTYPES = (torch.bfloat16, torch.float16, FP8)
@@ -26,6 +27,22 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return nvrtc.why_not(device, (9, 0))
 
 
+@functools.cache
+def failure(device: torch.device) -> str | None:
+    """Why `packed_product` gives something else than a product that is packed then, on a small example, or None."""
+    make = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 256, generator=make).bfloat16().to(device) for n in (192, 320))
+    packed = Packed(a.new_empty(192, 160), a.new_empty(192, 40, dtype=torch.uint8))
+    try:
+        packed_product(a, b, packed)
+    except Exception as error:  # whatever the compiler or the driver raises, it is not to be used
+        return f"failed on a small product: {type(error).__name__}: {str(error)[:120]}"
+    y = (a.float() @ b.float().T).bfloat16().float()
+    expected = y.relu().square() * select_2to4(y)
+    wrong = (unpack(packed).float() - expected).norm() / expected.norm()
+    return None if wrong < 0.02 else f"computed a small product wrong, by {float(wrong):.1e}"
+
+
 class Variant(NamedTuple):
     """What is compiled: the constants of hopper_product.cu, which says what they mean."""
 
@@ -34,7 +51,7 @@ class Variant(NamedTuple):
     fp16: bool = False
     turned: bool = False
     scaled: bool = False
-    pack: int = 0
+    pack: bool = False
     bn: int = 256
     warpgroups: int = 2
     blocks: int = 1
@@ -105,6 +122,22 @@ def _second(variant: Variant, b: Tensor):
     return nvrtc.tensor_map(b.T if variant.turned else b, box, 128)
 
 
+SHAPES = ((256, 1), (192, 2))
+"""Tiles of products of packed operands: columns, and 64 rows so many times for each warpgroup."""
+
+
+def _shape(M: int, N: int, device: torch.device) -> dict[str, int]:
+    """The tile with which all are done first. What takes time is shared memory: B is read once for each 64 rows."""
+
+    def cost(shape: tuple[int, int]) -> int:
+        bn, rows = shape[0], 128 * shape[1]
+        rounds = -(-(-(-M // rows) * -(-N // bn)) // _multiprocessors(device))
+        return rounds * (rows // 64 * bn * 128 + rows * 80 + bn * 128)
+
+    bn, blocks = min(SHAPES, key=cost)
+    return {"bn": bn, "blocks": blocks}
+
+
 def sparse_product(p: Packed, b: Tensor, b_scale: Tensor | None, **how) -> Tensor:
     """p (M, K), plain metadata, @ b.T with b (N, K), times both scales: (M, N) in b's dtype, bfloat16 for e4m3.
 
@@ -112,7 +145,7 @@ def sparse_product(p: Packed, b: Tensor, b_scale: Tensor | None, **how) -> Tenso
     """
     (M, K), N, size = (len(p.values), 2 * p.values.shape[1]), len(b), b.element_size()
     variant = Variant(True, size, fp16=b.dtype == torch.float16, turned=not b.is_contiguous(), scaled=size == 1)
-    variant = variant._replace(**how)
+    variant = variant._replace(**(_shape(M, N, b.device) | how))
     out = b.new_empty(M, N, dtype=torch.bfloat16 if size == 1 else b.dtype)
     maps = [
         nvrtc.tensor_map(p.values, (64, variant.rows), 64),
@@ -133,37 +166,22 @@ def multiply(p: Packed, b: Tensor, b_scale: Tensor | None) -> Product:
 
 def packs(a: Tensor, b: Tensor) -> bool:
     """Whether `packed_product` takes these."""
-    return a.dtype == b.dtype in (torch.bfloat16, FP8) and a.is_contiguous() and b.is_contiguous()
+    fits = a.dtype == b.dtype == torch.bfloat16 and a.is_contiguous() and b.is_contiguous() and a.shape[1] % 8 == 0
+    return fits and len(b) % 64 == 0 and (why_not(a.device, a.dtype) or failure(a.device)) is None
 
 
-def packed_product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor] | None, packed: Packed, **how) -> None:
-    """relu(a @ b.T) for a (M, K) and b (N, K), of every four neighbours of a row the two largest, packed.
+def packed_product(a: Tensor, b: Tensor, packed: Packed, **how) -> None:
+    """relu(a @ b.T)^2 for bfloat16 a (M, K) and b (N, K), of every four neighbours of a row the two largest, packed.
 
-    Into packed: bfloat16 values (M, N / 2) and plain metadata (M, N / 8). bfloat16 factors give squares; e4m3 ones,
-    with the scales (M,) and (N,), what `quantize_rows` makes e4m3 squares of. K is a multiple of 16, N of 64.
+    Into packed: values (M, N / 2) and plain metadata (M, N / 8). K is a multiple of 8, N of 64. Where fewer than two of
+    four are not 0, the metadata may name other zeros than `select_2to4` does, which compares what relu has not seen.
     """
-    (M, K), N, size = a.shape, len(b), a.element_size()
-    variant = Variant(False, size, scaled=size == 1, pack=1 if size == 2 else 2, slots=0)._replace(**how)
+    (M, K), N = a.shape, len(b)
+    variant = Variant(False, 2, pack=True, slots=0)._replace(**how)
     maps = [
         nvrtc.tensor_map(a, (128, variant.rows), 128),
         _second(variant, b),
         nvrtc.tensor_map(a, (128, variant.rows), 128),
         nvrtc.tensor_map(packed.values, (64, 64), 64),
     ]
-    _run(variant, maps, [*(scales or (None, None)), packed.metadata], M, N, K, a.device)
-
-
-def dense_product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor] | None = None, **how) -> Tensor:
-    """a (M, K) @ b.T with b (N, K): (M, N), as `sparse_product`. For comparison."""
-    (M, K), N, size = a.shape, len(b), a.element_size()
-    variant = Variant(False, size, fp16=a.dtype == torch.float16, turned=not b.is_contiguous(), slots=0)
-    variant = variant._replace(scaled=size == 1)._replace(**how)
-    out = a.new_empty(M, N, dtype=torch.bfloat16 if size == 1 else a.dtype)
-    maps = [
-        nvrtc.tensor_map(a, (128, variant.rows), 128),
-        _second(variant, b),
-        nvrtc.tensor_map(a, (128, variant.rows), 128),
-        nvrtc.tensor_map(out, (128, 64), 128),
-    ]
-    _run(variant, maps, [*(scales or (None, None)), None], M, N, K, a.device)
-    return out
+    _run(variant, maps, [None, None, packed.metadata], M, N, K, a.device)

@@ -13,8 +13,8 @@ from sidlm.ops.sparse24.quantize import FP8
 
 @triton.jit
 @no_type_check
-def _quantize(x_ptr, values_ptr, scale_ptr, columns, stride, BN: tl.constexpr, SQUARES: tl.constexpr):
-    """One row of x (M, columns), float32 or shorter, or of its squares, to e4m3 and its power of two."""
+def _quantize(x_ptr, values_ptr, scale_ptr, columns, stride, BN: tl.constexpr):
+    """One row of x (M, columns), float32 or shorter, to e4m3 and its power of two."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride
     offset = tl.arange(0, BN)
@@ -23,8 +23,6 @@ def _quantize(x_ptr, values_ptr, scale_ptr, columns, stride, BN: tl.constexpr, S
         x = tl.load(x_ptr + start + offset, mask=start + offset < columns, other=0.0).to(tl.float32)  # [BN]
         # NaN is not lost: it makes the scale NaN, and so the row
         amax = tl.maximum(amax, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    if SQUARES:
-        amax = amax * amax
     # as integers, magnitudes have the order of the numbers, and NaN is above all
     bits = tl.max(amax.to(tl.int32, bitcast=True), 0)
     exponent = bits >> 23
@@ -39,26 +37,20 @@ def _quantize(x_ptr, values_ptr, scale_ptr, columns, stride, BN: tl.constexpr, S
     for start in range(0, columns, BN):
         mask = start + offset < columns
         x = tl.load(x_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)  # [BN]
-        x = x * x if SQUARES else x
         tl.store(values_ptr + start + offset, (x * inverse).to(values_ptr.dtype.element_ty), mask=mask)
 
 
-def plan(x: Tensor, values: Tensor, scale: Tensor, squares: bool = False) -> Launch:
+def plan(x: Tensor, values: Tensor, scale: Tensor) -> Launch:
     args = {"x_ptr": x, "values_ptr": values, "scale_ptr": scale, "columns": x.shape[1], "stride": x.stride(0)}
-    constants = {"BN": min(4096, triton.next_power_of_2(x.shape[1])), "SQUARES": squares}
-    return Launch(_quantize, len(x), args, constants, num_warps=8)
+    return Launch(_quantize, len(x), args, {"BN": min(4096, triton.next_power_of_2(x.shape[1]))}, num_warps=8)
 
 
-def quantize_rows(x: Tensor, squares: bool = False, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x (M, K), of adjacent columns -> e4m3 (M, K) and scale (M,), as `quantize.quantize_rows` has it; or of x^2.
-
-    values (M, K), contiguous, are written to if they are given.
-    """
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K), of adjacent columns -> e4m3 (M, K) and scale (M,), as `quantize.quantize_rows` has it."""
     if x.stride(-1) != 1:
         raise ValueError(f"x has stride {x.stride(-1)} along its rows, expected 1")
-    if values is None:
-        values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    values = torch.empty(x.shape, dtype=FP8, device=x.device)
     scale = torch.ones(len(x), dtype=torch.float32, device=x.device)
     if x.numel():
-        plan(x, values, scale, squares).run()
+        plan(x, values, scale).run()
     return values, scale
