@@ -30,10 +30,7 @@ constexpr int B_BOX = BK * 128, B_BOXES = BN / 64;           // of a turned B: 6
 constexpr int B_STEP = (TURNED ? B_BOX : B_ROW) / MULTIPLIES;
 constexpr int PERIOD = 256 / BK;                             // stages that share a slot of metadata: 32 bytes of a row
 constexpr int E_SLOT = SPARSE ? BM * 32 : 0;
-constexpr int OUT_BOX = 64 * (PACK ? 64 : 128);              // 64 rows, so many bytes of each: always 64 columns of C
-constexpr int OUT_BOXES = PACK ? BN / 64 : 1;                // that can be written before they wait for the copy engine
-constexpr int A_AT = STAGES * B_STAGE, E_AT = A_AT + STAGES * A_STAGE, OUT_AT = E_AT + SLOTS * E_SLOT;
-constexpr int BARRIERS_AT = OUT_AT + WARPGROUPS * OUT_BOXES * OUT_BOX;
+constexpr int A_AT = STAGES * B_STAGE, E_AT = A_AT + STAGES * A_STAGE, BARRIERS_AT = E_AT + SLOTS * E_SLOT;
 
 DEVICE u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -65,19 +62,10 @@ DEVICE void load_part(u32 to, const TensorMap* map, int x, int y, u32 barrier) {
       " [%0], [%1, {%2, %3}], [%4], %5;"
       ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
 }
-DEVICE void store(const TensorMap* map, int x, int y, u32 from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
-               ::"l"(map), "r"(x), "r"(y), "r"(from) : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
 DEVICE u32 block_of_cluster() { u32 x; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x)); return x; }
 DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-DEVICE void warpgroup_sync(int warpgroup) {
-  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
-}
-
 // wgmma's description of a matrix in shared memory: rows of 64 or 128 bytes, swizzled by the copy engine, along K or,
 // turned, along N; there `box` bytes lie between one 64 columns and the next
 DEVICE u64 descriptor(u32 at, int row, int box = 16) {
@@ -102,6 +90,21 @@ DEVICE u32 halves(float low, float high) {  // rounded
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
 #endif
   return x;
+}
+
+// Of four neighbouring threads the k-th gives the i-th its x[i], and gets the i-th's x[k] as x[i].
+DEVICE void trade(u32 (&x)[4]) {
+  bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    u32 other = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+    if (odd) x[i] = other; else x[i + 1] = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + 2], 2);
+    if (upper) x[i] = other; else x[i + 2] = other;
+  }
 }
 
 #if SPARSE
@@ -147,37 +150,39 @@ DEVICE Pair two_of_four(u32 x, u32 y, u32 x_low, u32 y_low) {
   return {halves(u * u, v * v), nibble};
 }
 
-// relu^2 of 64 rows of accumulators, packed: values by the copy engine, metadata from the registers.
+// relu^2 of 64 rows of accumulators, packed: values (M, N / 2) and metadata (M, N / 8).
 // Of 16 neighbours of a row four threads have 2 + 2 each; they trade, so that each has a whole group of four.
-DEVICE void pack_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, u8* meta, int m, int n, int M, int N) {
-  int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4, odd = thread & 1, upper = thread >> 1 & 1;
+DEVICE void write_tile(float (&c)[BN / 2], u8* values, u8* meta, int m, int n, int M, int N) {
+  int lane = threadIdx.x % 4, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, odd = lane & 1, upper = lane >> 1;
   u32 mine_low = odd ? 0x00000001u : 0x00020003u, other_low = odd ? 0x00020003u : 0x00000001u;
   int place = upper + 2 * odd;  // of this thread's group in the four
-  u32 e[2][4][2] = {};  // of rows r and r + 8, nibbles of 64 columns each, for the thread that will write them
-  if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-  warpgroup_sync(threadIdx.x / 128 - 1);
 #pragma unroll
-  for (int p = 0; p < BN / 16; p++) {  // 16 columns
+  for (int i = 0; i < 2; i++) {  // rows r and r + 8
+    int y = m + row + 8 * i;
+    u32 e[4][2] = {};  // nibbles of 64 columns each, for the thread that will write them
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      u32 near = halves_relu(c[8 * p + 2 * i], c[8 * p + 2 * i + 1]);
-      u32 far = halves_relu(c[8 * p + 4 + 2 * i], c[8 * p + 4 + 2 * i + 1]);
-      u32 other = __shfl_xor_sync(~0u, odd ? near : far, 1);
-      Pair pair = two_of_four(odd ? far : near, other, mine_low, other_low);
-      e[i][p / 4][p % 4 / 2] |= pair.nibble << (16 * (p % 2) + 4 * place);
-      int r = row + 8 * i, chunk = (p % 4) ^ (r >> 1 & 3);
-      u32 at = out + p / 4 * OUT_BOX + r * 64 + chunk * 16 + place * 4;
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair.values) : "memory");
+    for (int box = 0; box < BN / 64; box++) {
+      u32 x[4];
+#pragma unroll
+      for (int p = 0; p < 4; p++) {  // 16 columns
+        int at = 32 * box + 8 * p + 2 * i;
+        u32 near = halves_relu(c[at], c[at + 1]), far = halves_relu(c[at + 4], c[at + 5]);
+        u32 other = __shfl_xor_sync(~0u, odd ? near : far, 1);
+        Pair pair = two_of_four(odd ? far : near, other, mine_low, other_low);
+        e[box][p / 2] |= pair.nibble << (16 * (p % 2) + 4 * place);
+        x[p] = pair.values;
+      }
+      trade(x);
+      if (y < M && n + 64 * box < N)
+        *(uint4*)(values + ((u64)y * N + n + 64 * box + 16 * lane)) = make_uint4(x[0], x[2], x[1], x[3]);
     }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {  // thread t of the four gets the nibbles of columns 64 t ..
+    // thread t of the four gets the nibbles of columns 64 t ..
     u32 f[2][2], g[2];
 #pragma unroll
     for (int k = 0; k < 2; k++)
 #pragma unroll
       for (int w = 0; w < 2; w++) {
-        u32 send = upper ? e[i][k][w] : e[i][2 + k][w], keep = upper ? e[i][2 + k][w] : e[i][k][w];
+        u32 send = upper ? e[k][w] : e[2 + k][w], keep = upper ? e[2 + k][w] : e[k][w];
         f[k][w] = keep | __shfl_xor_sync(~0u, send, 2);
       }
 #pragma unroll
@@ -185,69 +190,48 @@ DEVICE void pack_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, u8* met
       u32 send = odd ? f[0][w] : f[1][w], keep = odd ? f[1][w] : f[0][w];
       g[w] = keep | __shfl_xor_sync(~0u, send, 1);
     }
-    int y = m + row + 8 * i, x = 64 * (2 * upper + odd);
+    int x = 64 * (2 * upper + odd);
     if (y < M && x < BN && n + x < N) *(uint2*)(meta + (u64)y * (N / 8) + (n + x) / 8) = make_uint2(g[0], g[1]);
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  warpgroup_sync(threadIdx.x / 128 - 1);
-  if (thread == 0)
-    for (int k = 0; k < OUT_BOXES; k++)
-      if (n + 64 * k < N && m < M) store(map, n + 64 * k, m, out + k * OUT_BOX);  // bytes: N / 2 values of two
 }
 #else
-struct RowScales { float of[2]; };  // of rows r and r + 8
-DEVICE RowScales row_scales(const float* rows, int row, int M) {
+// 64 rows of accumulators, scaled and rounded to 16 bits. Four threads have two columns each of every eight of a row;
+// they trade, so that each writes eight neighbours.
+DEVICE void write_tile(float (&c)[BN / 2], u8* out, const float* rows, const float* columns, int m, int n, int M, int N) {
+  int lane = threadIdx.x % 4, row = m + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  float row_scale[2] = {1.0f, 1.0f};
 #if SCALED
-  return {row < M ? rows[row] : 0.0f, row + 8 < M ? rows[row + 8] : 0.0f};
-#else
-  return {1.0f, 1.0f};
+  row_scale[0] = row < M ? rows[row] : 0.0f, row_scale[1] = row + 8 < M ? rows[row + 8] : 0.0f;
 #endif
-}
-DEVICE float2 column_scales(const float* columns, int column, int N) {  // of two neighbours; N is even
+#pragma unroll
+  for (int box = 0; box < BN / 32; box++) {
+    u32 x[2][4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      float2 t = make_float2(1.0f, 1.0f);
+      int column = n + 32 * box + 8 * k + 2 * lane, at = 16 * box + 4 * k;
 #if SCALED
-  return column < N ? *(const float2*)(columns + column) : make_float2(0.0f, 0.0f);
-#else
-  return make_float2(1.0f, 1.0f);
+      if (column < N) t = *(const float2*)(columns + column);
 #endif
-}
-
-// 64 rows of accumulators, scaled and rounded to 16 bits, 64 columns at a time.
-DEVICE void write_tile(float (&c)[BN / 2], u32 out, const TensorMap* map, const float* rows, const float* columns, int m,
-                       int n, int M, int N) {
-  int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-  RowScales row_scale = row_scales(rows, m + warp * 16 + lane / 4, M);
 #pragma unroll
-  for (int box = 0; box < BN / 64; box++) {
-    if (n + 64 * box >= N) break;
-    if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    warpgroup_sync(threadIdx.x / 128 - 1);
-#pragma unroll
-    for (int j = 8 * box; j < 8 * box + 8; j += 2) {
-      u32 x[4];
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        float2 t = column_scales(columns, n + 8 * (j + k) + 2 * (lane % 4), N);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float s = row_scale.of[i];
-          x[2 * k + i] = halves(c[4 * (j + k) + 2 * i] * s * t.x, c[4 * (j + k) + 2 * i + 1] * s * t.y);
-        }
-      }
-      int r = warp * 16 + lane % 16, chunk = (j % 8 + lane / 16) ^ (r & 7);
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                   ::"r"(out + r * 128 + chunk * 16), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+      for (int i = 0; i < 2; i++)
+        x[i][k] = halves(c[at + 2 * i] * row_scale[i] * t.x, c[at + 2 * i + 1] * row_scale[i] * t.y);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    warpgroup_sync(threadIdx.x / 128 - 1);
-    if (thread == 0 && m < M) store(map, 2 * (n + 64 * box), m, out);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      trade(x[i]);
+      int y = row + 8 * i, column = n + 32 * box + 8 * lane;
+      if (y < M && column < N)
+        *(uint4*)(out + ((u64)y * N + column) * 2) = make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
+    }
   }
 }
 #endif
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-        const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap c_map, const float* rows,
-        const float* columns, u8* meta, int M, int N, int K) {
+        const __grid_constant__ TensorMap e_map, const float* rows, const float* columns, u8* out, u8* meta, int M,
+        int N, int K) {
   extern __shared__ __align__(1024) u8 shared[];
   u32 base = address(shared), full = base + BARRIERS_AT, empty = full + 8 * STAGES;
   int warpgroup = threadIdx.x / 128, block = CLUSTER > 1 ? block_of_cluster() : 0;
@@ -295,7 +279,6 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 3 ? 160 : 232));
     int mine = (warpgroup - 1) * BLOCKS, thread = threadIdx.x % 128;
-    u32 out = base + OUT_AT + (warpgroup - 1) * OUT_BOXES * OUT_BOX;
     u64 a_first = descriptor(base + A_AT + mine * 64 * A_ROW, A_ROW), b_first = descriptor(base, B_ROW, TURNED ? B_BOX : 16);
     int stage = 0, phase = 0, slot = 0;
     float c[BLOCKS][BN / 2];
@@ -355,13 +338,12 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
       for (int j = 0; j < BLOCKS; j++) {
         int m = (tile.m * CLUSTER + block) * BM + (mine + j) * 64, n = tile.n * BN;
 #if PACK
-        pack_tile(c[j], out, &c_map, meta, m, n, M, N);
+        write_tile(c[j], out, meta, m, n, M, N);
 #else
-        write_tile(c[j], out, &c_map, rows, columns, m, n, M, N);
+        write_tile(c[j], out, rows, columns, m, n, M, N);
 #endif
       }
     }
-    if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
   if (CLUSTER > 1) cluster_sync();  // no block leaves while another may still write to it
 }
