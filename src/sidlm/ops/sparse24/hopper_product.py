@@ -125,8 +125,10 @@ SHAPES = ((256, 1), (192, 2))
 """Tiles of products of packed operands: columns, and 64 rows so many times for each warpgroup."""
 
 
-def _shape(M: int, N: int, device: torch.device) -> dict[str, int]:
+def _shape(M: int, N: int, size: int, device: torch.device) -> dict[str, int]:
     """The tile with which all are done first. What takes time is shared memory: B is read once for each 64 rows."""
+    if size == 1:  # whose metadata come with bank conflicts in higher tiles
+        return {}
 
     def cost(shape: tuple[int, int]) -> int:
         bn, rows = shape[0], 128 * shape[1]
@@ -134,7 +136,7 @@ def _shape(M: int, N: int, device: torch.device) -> dict[str, int]:
         return rounds * (rows // 64 * bn * 128 + rows * 80 + bn * 128)
 
     bn, blocks = min(SHAPES, key=cost)
-    return {"bn": bn, "blocks": blocks}
+    return {"bn": bn, "blocks": blocks, "group": 8 // blocks}
 
 
 def sparse_product(p: Packed, b: Tensor, b_scale: Tensor | None, **how) -> Tensor:
@@ -146,7 +148,7 @@ def sparse_product(p: Packed, b: Tensor, b_scale: Tensor | None, **how) -> Tenso
     variant = Variant(True, size, fp16=b.dtype == torch.float16, turned=not b.is_contiguous(), scaled=size == 1)
     if size == 1 and K % 256:  # a tile ends within a slot of metadata, so three serve fewer stages
         variant = variant._replace(stages=4)
-    variant = variant._replace(**(_shape(M, N, b.device) | how))
+    variant = variant._replace(**(_shape(M, N, size, b.device) | how))
     out = b.new_empty(M, N, dtype=torch.bfloat16 if size == 1 else b.dtype)
     maps = [
         nvrtc.tensor_map(p.values, (64, variant.rows), 64),
@@ -170,6 +172,9 @@ def packs(a: Tensor, b: Tensor) -> bool:
     return fits and len(b) % 64 == 0 and (why_not(a.device, a.dtype) or failure(a.device)) is None
 
 
+PACKING = Variant(False, 2, pack=True, bn=192, blocks=2, stages=4, slots=0, group=4)
+
+
 def packed_product(a: Tensor, b: Tensor, packed: Packed, **how) -> None:
     """relu(a @ b.T)^2 for bfloat16 a (M, K) and b (N, K), of every four neighbours of a row the two largest, packed.
 
@@ -177,7 +182,7 @@ def packed_product(a: Tensor, b: Tensor, packed: Packed, **how) -> None:
     four are not 0, the metadata may name other zeros than `select_2to4` does, which compares what relu has not seen.
     """
     (M, K), N = a.shape, len(b)
-    variant = Variant(False, 2, pack=True, bn=192, blocks=2, stages=4, slots=0, group=4)._replace(**how)
+    variant = PACKING._replace(**how)
     maps = [
         nvrtc.tensor_map(a, (128, variant.rows), 128),
         _second(variant, b),
