@@ -122,7 +122,8 @@ def test_sixteen_bits_take_the_place_of_what_they_are_made_of():
 @pytest.mark.parametrize("tokens", [1, 3, 5000])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 1.0])
 @pytest.mark.parametrize("features", [8, 200, 1000])
-def test_split(features, share, tokens):
+def test_split(features, share, tokens, monkeypatch):
+    monkeypatch.setattr(triton_split, "SEGMENT", 128)
     make = torch.Generator().manual_seed(features + tokens)
     counts = torch.randint(0, tokens + 1, (features,), generator=make).int()
     for given in (counts, counts // 2 * 2, torch.zeros_like(counts), torch.full_like(counts, tokens)):

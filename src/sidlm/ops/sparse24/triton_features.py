@@ -24,6 +24,7 @@ from sidlm.ops.sparse24.triton_groups import (
     to_nibbles,
     wide,
 )
+from sidlm.ops.sparse24.triton_units import features_units_kernel, selectors
 
 PROGRAMS = 1024
 """Before one has more rows: enough to fill any device."""
@@ -125,13 +126,15 @@ def plan_features(p: Packed, counts: Tensor | None, bits: Tensor | None, layout:
     p (T, F) may be packed or, where no layout is given, not; then its metadata is not looked at.
     """
     T, F = p.values.shape[0], p.values.shape[1] * (1 if layout is None else 2)
+    by_pairs = in_pairs(arch, torch.bfloat16 if p.scale is not None else p.values.dtype)
+    if by_pairs and p.scale is not None and layout == "plain" and bits is not None:
+        return _plan_units(p, counts, bits)
     BT, BG, UNROLL = 4, 256, 4  # a warp has a row's 512 bytes at a time
     strips = -(-F // (4 * BG))
     steps = min(8, max(1, T * strips // (BT * UNROLL * PROGRAMS)))
     constants = {
         "F": F, "BYTE": None if layout is None else byte_of(layout, T, F), "WIDE": wide(T, F),
-        "PACKED": in_pairs(arch, torch.bfloat16 if p.scale is not None else p.values.dtype),
-        "SCALED": p.scale is not None, "COUNT": counts is not None, "LARGEST": bits is not None,
+        "PACKED": by_pairs, "SCALED": p.scale is not None, "COUNT": counts is not None, "LARGEST": bits is not None,
         "BT": BT, "BG": BG, "UNROLL": UNROLL,
     }  # fmt: skip
     args = {
@@ -139,6 +142,19 @@ def plan_features(p: Packed, counts: Tensor | None, bits: Tensor | None, layout:
         "bits_ptr": bits, "T": T, "steps": steps,
     }  # fmt: skip
     return Launch(features_kernel, strips * -(-T // (BT * UNROLL * steps)), args, constants, 4)
+
+
+def _plan_units(p: Packed, counts: Tensor | None, bits: Tensor) -> Launch:
+    T, F = p.values.shape[0], 2 * p.values.shape[1]
+    U, UNROLL = 128, 8
+    strips = -(-F // (8 * U))
+    steps = min(16, max(1, T * strips // (UNROLL * 2 * PROGRAMS)))
+    args = {
+        "values_ptr": p.values.view(torch.int32), "metadata_ptr": p.metadata, "scale_ptr": p.scale,
+        "table_ptr": selectors(p.values.device), "counts_ptr": counts, "bits_ptr": bits, "T": T, "steps": steps,
+    }  # fmt: skip
+    constants = {"F": F, "COUNT": counts is not None, "U": U, "UNROLL": UNROLL}
+    return Launch(features_units_kernel, strips * -(-T // (UNROLL * steps)), args, constants, 4)
 
 
 def of_features(
