@@ -140,9 +140,10 @@ class Operands:
         x, grad, w_up, w_down, _ = layer
         self.y1, self.d_hidden = x @ w_up.T, grad @ w_down
         with backend(name):
-            self.act, self.counts, _ = self.steps.pack_activation(self.y1, fp8)
+            act, self.counts, _ = self.steps.pack_activation(self.y1, fp8, True, True)
+            self.act = self.steps.opened(act)
             self.dact = self.steps.pack_gradient(self.d_hidden, self.act, fp8)
-        self.sparse, self.dense = recipe.split(self.counts, 0.05)
+        self.sparse, self.dense, _ = recipe.split(self.counts, 0.05)
         self.perm = recipe.token_order(len(x), x.device, True)
         multiple = self.steps.token_multiple
         self.length = -(-len(x) // multiple) * multiple
@@ -152,7 +153,7 @@ class Operands:
         s, x, fp8 = self.steps, self.layer.x, self.fp8
         order = (self.sparse, self.perm, self.length)
         found = {
-            "activation": lambda: s.pack_activation(self.y1, fp8),
+            "activation": lambda: s.pack_activation(self.y1, fp8, False, False),
             "gradient": lambda: s.pack_gradient(self.d_hidden, self.act, fp8),
             "transposed activation": lambda: s.transpose_pack(self.act, *order, "value", fp8),
             "transposed gradient": lambda: s.transpose_pack(self.dact, *order, "magnitude", fp8),

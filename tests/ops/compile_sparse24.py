@@ -30,6 +30,7 @@ from sidlm.ops.sparse24 import (
 )
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
+from sidlm.ops.sparse24.recipe import Split
 
 DENSE, MODEL = 1088, 4096
 """Dense features, columns of x"""
@@ -63,7 +64,10 @@ def launches(arch: str, T: int, F: int, dtype: torch.dtype, layout: str) -> Iter
             yield "features_fp8", triton_features.plan_features(act, counts, bits, layout, arch)
             yield "columns_fp8", triton_features.plan_columns(x, of_x)
         yield from masked(arch, y, act, perm, known, suffix)
-    yield "split", triton_split.plan(counts, empty(F - DENSE, dtype=torch.int64), some, T)
+    yield (
+        "split",
+        triton_split.plan(counts, Split(empty(F - DENSE, dtype=torch.int64), some, empty(F, dtype=torch.uint8)), T),
+    )
 
 
 def masked(

@@ -10,7 +10,7 @@ gradients of the weights, for which a packed matrix is transposed and packed ane
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -33,6 +33,7 @@ from sidlm.ops.sparse24 import (
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.products import Product, dense_product, dense_values
 from sidlm.ops.sparse24.quantize import FP8
+from sidlm.ops.sparse24.recipe import Split
 from sidlm.ops.sparse24.steps import Operand, Steps
 from sidlm.ops.sparse24.triton_quantize import quantize_rows
 from sidlm.ops.sparse24.triton_relayout import relayout, restored
@@ -59,6 +60,8 @@ class Laid:
     backend: str
     metadata: Tensor | None = None
     """uint8 (T, K / 8), as the kernels read it, where it is at hand"""
+    count: bool = True
+    """Whether its features are counted when their scales are looked for"""
 
     @cached_property
     def for_kernels(self) -> Packed:
@@ -74,7 +77,7 @@ class Laid:
     @cached_property
     def of_features(self) -> tuple[Tensor | None, Tensor | None]:
         """int32 (F,): counts, and largest magnitudes, for scales of columns; none where rows have no scale."""
-        return (None, None) if self.scale is None else triton_features.of_features(self.for_kernels)
+        return (None, None) if self.scale is None else triton_features.of_features(self.for_kernels, count=self.count)
 
     layout = "plain"
     """Of `for_kernels`"""
@@ -88,6 +91,7 @@ class Whole:
     """(T, F)"""
     scale: Tensor | None
     """float32 (T,)"""
+    count: bool = True
     layout = None
 
     @property
@@ -97,7 +101,11 @@ class Whole:
 
     @cached_property
     def of_features(self) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if self.scale is None else triton_features.of_features(self.for_kernels, None)
+        return (
+            (None, None)
+            if self.scale is None
+            else triton_features.of_features(self.for_kernels, None, count=self.count)
+        )
 
 
 def _up(tokens: int) -> int:
@@ -248,10 +256,10 @@ def counted(act: Laid | Whole, counts: Tensor) -> Tensor:
 def pack_gradient(dy2: Tensor, act: Packed | Laid | Whole, fp8: bool) -> Laid | Whole:
     act = opened(act)
     if isinstance(act, Whole):
-        return Whole(*triton_masked.gradient(dy2.contiguous(), act.values, act.scale))
+        return Whole(*triton_masked.gradient(dy2.contiguous(), act.values, act.scale), count=False)
     values, tiled = _piece(len(act.values), 2 * act.values.shape[1], FP8 if fp8 else dy2.dtype, dy2.device)
     packed = triton_gradient.pack_gradient(dy2, act.for_kernels, fp8, values=values[: len(dy2)])
-    return _lay(values, tiled, packed, act.backend)
+    return replace(_lay(values, tiled, packed, act.backend), count=False)
 
 
 def transpose_pack(p: Laid, features: Tensor, perm: Tensor, length: int, by: str, fp8: bool) -> tuple[Laid, Tensor]:
@@ -267,14 +275,15 @@ def transpose_dense(p: Laid, features: Tensor, perm: Tensor, length: int, fp8: b
 
 
 def weight_gradient(
-    left: Laid | Whole, right: Tensor, by: str, dense: Tensor, perm: Tensor, turned: bool, fp8: bool
+    left: Laid | Whole, right: Tensor, by: str, split: Split, perm: Tensor, turned: bool, fp8: bool
 ) -> tuple[Tensor, Tensor] | None:
     """By one dense product; None where there are tokens enough for sparse ones."""
     p = left.for_kernels
     features = p.values.shape[1] * (1 if isinstance(left, Whole) else 2)
     if isinstance(left, Laid) and _transposes(p.values.dtype, p.values.device, len(perm), features):
         return None
-    out, scale, totals = triton_thin.thinned(p, dense, perm, by, left.layout, left.of_features[1])
+    assert split.is_dense is not None
+    out, scale, totals = triton_thin.thinned(p, split.is_dense, perm, by, left.layout, left.of_features[1])
     if not fp8:  # tokens are where they were
         a, b = (right.T, out.T) if turned else (out.T, right.T)
         return dense_product(a, None, b, None), totals

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sidlm.ops.sparse24.packed import Packed
-from sidlm.ops.sparse24.recipe import Recipe, threshold, token_order
+from sidlm.ops.sparse24.recipe import Recipe, Split, threshold, token_order
 from sidlm.ops.sparse24.steps import Left, Steps
 
 
@@ -102,16 +102,15 @@ def _dense_gradients(
 
 
 def _weight_gradient(
-    steps: Steps, left: Left, right: Tensor, by: str, features: tuple[Tensor, Tensor], turned: bool, recipe: Recipe
+    steps: Steps, left: Left, right: Tensor, by: str, features: Split, turned: bool, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     """left.T @ right (F, n), or turned (n, F), left (T, F) made 2:4 sparse along tokens but for the dense features.
 
-    features: indices of the others and of these. Also totals (2,): non-zeros of the sparse features, and how
-    many of them are kept.
+    Also totals (2,): non-zeros of the sparse features, and how many of them are kept.
     """
-    sparse, dense = features
+    sparse, dense, _ = features
     perm = token_order(len(right), right.device, recipe.permute_tokens)
-    whole = steps.weight_gradient(left, right, by, dense, perm, turned, recipe.fp8)
+    whole = steps.weight_gradient(left, right, by, features, perm, turned, recipe.fp8)
     if whole is not None:
         return whole
     shape = len(sparse) + len(dense), right.shape[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
-from sidlm.ops.sparse24.recipe import split
+from sidlm.ops.sparse24.recipe import Split, split
 
 Operand = Tensor | tuple[Tensor, Tensor | None]
 Left = Any
@@ -69,11 +69,11 @@ class Steps(NamedTuple):
     """What `pack_activation` made, as the other functions take it too, for less: the backward pass uses it thrice"""
     counted: Callable[[Any, Tensor], Tensor] = lambda act, counts: counts
     """(act as `opened` returns it, counts (F,) of `pack_activation` with keep) -> counts"""
-    split: Callable[[Tensor, float, int], tuple[Tensor, Tensor]] = lambda counts, share, tokens: split(counts, share)
+    split: Callable[[Tensor, float, int], Split] = lambda counts, share, tokens: split(counts, share)
     """(counts int32 (F,), share, T) -> `recipe.split`"""
-    weight_gradient: Callable[[Left, Tensor, str, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor] | None] = (
+    weight_gradient: Callable[[Left, Tensor, str, Split, Tensor, bool, bool], tuple[Tensor, Tensor] | None] = (
         lambda *_: None
     )
-    """(left (T, F), right (T, n), by, dense features int64 (m,), perm (T,), turned, fp8) -> left.T @ right, or turned
+    """(left (T, F), right (T, n), by, split, perm int64 (T,), turned, fp8) -> left.T @ right, or turned
     right.T @ left, with left made 2:4 sparse along tokens but for the dense features; and totals as of
     `transpose_pack`. None where that is better done by the functions above"""

@@ -146,7 +146,7 @@ def plan_features(p: Packed, counts: Tensor | None, bits: Tensor | None, layout:
 
 def _plan_units(p: Packed, counts: Tensor | None, bits: Tensor) -> Launch:
     T, F = p.values.shape[0], 2 * p.values.shape[1]
-    U, UNROLL = 128, 8
+    U, UNROLL, warps = 256, 8, 2  # four units of a row a thread
     strips = -(-F // (8 * U))
     steps = min(16, max(1, T * strips // (UNROLL * 2 * PROGRAMS)))
     args = {
@@ -154,7 +154,7 @@ def _plan_units(p: Packed, counts: Tensor | None, bits: Tensor) -> Launch:
         "table_ptr": selectors(p.values.device), "counts_ptr": counts, "bits_ptr": bits, "T": T, "steps": steps,
     }  # fmt: skip
     constants = {"F": F, "COUNT": counts is not None, "U": U, "UNROLL": UNROLL}
-    return Launch(features_units_kernel, strips * -(-T // (UNROLL * steps)), args, constants, 4)
+    return Launch(features_units_kernel, strips * -(-T // (UNROLL * steps)), args, constants, warps)
 
 
 def of_features(

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from sidlm.ops.simplicial.prepare import Launch
 from sidlm.ops.sparse24 import recipe
+from sidlm.ops.sparse24.recipe import Split
 
 
 @triton.jit
 @no_type_check
 def split_kernel(
-    counts_ptr, sparse_ptr, dense_ptr,
+    counts_ptr, sparse_ptr, dense_ptr, is_dense_ptr,
     F: tl.constexpr, DENSE: tl.constexpr, BITS: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """The DENSE features of the highest counts, of equal counts the last, and the others; a program places BS of them.
@@ -38,6 +39,7 @@ def split_kernel(
     same = (own == level).to(tl.int32)
     dense = (own > level).to(tl.int32) + same * (equal_before + tl.cumsum(same, 0) > first).to(tl.int32)
     place = dense_before + tl.cumsum(dense, 0) - dense
+    tl.store(is_dense_ptr + mine, dense.to(tl.uint8), mask=mine < F)
     tl.store(dense_ptr + place, mine.to(tl.int64), mask=dense > 0)
     tl.store(sparse_ptr + mine - place, mine.to(tl.int64), mask=(dense == 0) & (mine < F))
 
@@ -46,22 +48,21 @@ SEGMENT = 1024
 """Features that a program places."""
 
 
-def plan(counts: Tensor, sparse: Tensor, dense: Tensor, most: int) -> Launch:
-    """The launch that fills sparse and dense from counts, none of them above `most`."""
-    args = {"counts_ptr": counts, "sparse_ptr": sparse, "dense_ptr": dense}
+def plan(counts: Tensor, to: Split, most: int) -> Launch:
+    """The launch that fills `to` from counts, none of them above `most`."""
+    args = {"counts_ptr": counts, "sparse_ptr": to.sparse, "dense_ptr": to.dense, "is_dense_ptr": to.is_dense}
     BF = triton.next_power_of_2(len(counts))
     bits = -(-most.bit_length() // 4) * 4  # rounded up, for few kernels
-    constants = {"F": len(counts), "DENSE": len(dense), "BITS": bits, "BF": BF, "BS": SEGMENT}
+    constants = {"F": len(counts), "DENSE": len(to.dense), "BITS": bits, "BF": BF, "BS": SEGMENT}
     return Launch(split_kernel, -(-len(counts) // SEGMENT), args, constants, min(16, max(4, BF // 2048)))
 
 
-def split(counts: Tensor, share: float, tokens: int) -> tuple[Tensor, Tensor]:
+def split(counts: Tensor, share: float, tokens: int) -> Split:
     """`recipe.split` of int32 counts (F,) of at most so many tokens."""
-    dense = recipe.dense_count(len(counts), share)
-    none, every = counts.new_empty(0, dtype=torch.int64), torch.arange(len(counts), device=counts.device)
+    dense, features = recipe.dense_count(len(counts), share), counts.new_empty(len(counts), dtype=torch.int64)
+    to = Split(features[dense:], features[:dense], counts.new_empty(len(counts), dtype=torch.uint8))
     if dense in (0, len(counts)):
-        return (every, none) if dense == 0 else (none, every)
-    out = every.new_empty(len(counts))
-    sparse_rows, dense_rows = out[dense:], out[:dense]
-    plan(counts, sparse_rows, dense_rows, tokens).run()
-    return sparse_rows, dense_rows
+        torch.arange(len(counts), out=features)
+        return to._replace(is_dense=to.is_dense.fill_(dense > 0))
+    plan(counts, to, tokens).run()
+    return to

@@ -153,10 +153,10 @@ def plan(
 
 
 def thinned(
-    p: Packed, dense: Tensor, perm: Tensor, by: str, layout: str | None = "plain", bits: Tensor | None = None,
+    p: Packed, is_dense: Tensor, perm: Tensor, by: str, layout: str | None = "plain", bits: Tensor | None = None,
     multiple: int = 16,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """p (T, F) with zeros where packing along tokens drops it, but for the dense features, int64 (n,).
+    """p (T, F) with zeros where packing along tokens drops it, but for features f with is_dense[f], uint8 (F,).
 
     (T, F) in the order of p; in fp8, which bits (F,) of the features' largest magnitudes go with, e4m3 (F, T') in the
     order of perm (T,), T' a multiple of `multiple`, and the scale (F,), else None. Then int32 totals (2,): non-zeros of
@@ -170,7 +170,5 @@ def thinned(
         scale = torch.empty(F, dtype=torch.float32, device=out.device)
     totals = torch.zeros(2, dtype=torch.int32, device=out.device)
     if out.numel():
-        every = torch.zeros(F, dtype=torch.uint8, device=out.device)
-        every.index_fill_(0, dense, 1)
-        plan(p, every, perm, bits, out, scale, totals, by, layout, target(out.device)).run()
+        plan(p, is_dense, perm, bits, out, scale, totals, by, layout, target(out.device)).run()
     return out, scale, totals
