@@ -162,6 +162,21 @@ selp.f32 $0, $1, g, none;
 
 
 @triton.constexpr_function
+def _small_root_ptx():
+    """Operands: root, x: 0, at least 2^-9 and finite, or NaN. As above, but nothing is out of the range of a guess."""
+    return """{
+.reg .f32 y, g, h, e;
+max.f32 y, $1, 0f35800000;
+rsqrt.approx.ftz.f32 y, y;
+mul.f32 g, $1, y;
+mul.f32 h, y, 0f3f000000;
+neg.f32 e, g;
+fma.rn.f32 e, e, g, $1;
+fma.rn.f32 $0, e, h, g;
+}"""
+
+
+@triton.constexpr_function
 def _spread_ptx():
     """Operands: d0 .. d3; low, high, nibble. lop3: 0xea is a & b | c, 0x02 is ~a & ~b & c."""
     return f"""{{{_masks_ptx("$6")}
@@ -309,9 +324,14 @@ def kept(x0, x1, x2, x3, MAGNITUDE: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def root(x, PACKED: tl.constexpr):
-    """The nearest float32 to the square root of x, float32 with no more bits than half precision has, >= 0 or NaN."""
-    if PACKED:
+def root(x, SMALL: tl.constexpr, PACKED: tl.constexpr):
+    """The nearest float32 to the square root of x, float32 with no more bits than half precision has, >= 0 or NaN.
+
+    SMALL: x is 0, or finite and at least 2^-9.
+    """
+    if PACKED and SMALL:
+        return tl.inline_asm_elementwise(_small_root_ptx(), "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    elif PACKED:
         return tl.inline_asm_elementwise(_root_ptx(), "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         # of most it is 0, whose root takes the slow way

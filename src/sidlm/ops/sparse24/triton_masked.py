@@ -128,9 +128,13 @@ def gradient_rows_kernel(
     row = tl.program_id(0)
     base = row.to(tl.int64) * F
     c = tl.arange(0, BF)
-    act_scale = 1.0
-    if FP8:
+    before, after = 1.0, 2.0
+    if FP8:  # the root of a power of two, which is odd or even
         act_scale = tl.load(act_scale_ptr + row)
+        exponent = (act_scale.to(tl.int32, bitcast=True) >> 23) - 127
+        before = tl.where((exponent & 1) == 1, 2.0, 1.0)
+        twice = ((exponent >> 1) + 128 << 23).to(tl.float32, bitcast=True)
+        after = tl.where(act_scale == act_scale, twice, float("nan"))
     top = tl.zeros([BF], tl.float32)
     loaded, rows = (), ()
     for chunk in tl.static_range(CHUNKS):
@@ -138,10 +142,8 @@ def gradient_rows_kernel(
         dy2 = tl.load(dy2_ptr + at, mask=inside, other=0.0)
         loaded = loaded + ((dy2, tl.load(act_ptr + at, mask=inside, other=0.0)),)
     for chunk in tl.static_range(CHUNKS):
-        act = loaded[chunk][1].to(tl.float32)
-        if FP8:
-            act = act * act_scale
-        gradient = 2.0 * root(act, PACKED) * loaded[chunk][0].to(tl.float32)
+        act = loaded[chunk][1].to(tl.float32) * before
+        gradient = after * root(act, FP8, PACKED) * loaded[chunk][0].to(tl.float32)
         if FP8:
             top = largest(top, gradient, False)
             rows = rows + (gradient,)

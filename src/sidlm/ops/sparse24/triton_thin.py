@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sidlm.ops.simplicial.prepare import Launch, target
+from sidlm.ops.sparse24 import triton_turn
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
 from sidlm.ops.sparse24.triton_groups import (
@@ -170,5 +171,10 @@ def thinned(
         scale = torch.empty(F, dtype=torch.float32, device=out.device)
     totals = torch.zeros(2, dtype=torch.int32, device=out.device)
     if out.numel():
-        plan(p, is_dense, perm, bits, out, scale, totals, by, layout, target(out.device)).run()
+        arch = target(out.device)
+        if bits is not None and layout in (None, "plain") and in_pairs(arch, torch.bfloat16):
+            assert scale is not None
+            triton_turn.plan(p, is_dense, perm, bits, out, None, scale, totals, by, layout is not None).run()
+        else:
+            plan(p, is_dense, perm, bits, out, scale, totals, by, layout, arch).run()
     return out, scale, totals
