@@ -110,28 +110,116 @@ def pointwise_backward(
 
 
 @triton.jit
-def _relu2_rows(y_ptr, out_ptr, scale_ptr, columns, BN: tl.constexpr):
-    """One row of relu(y)^2 to e4m3 with its own scale, a power of two: the row is read twice, then from the cache."""
-    row = tl.program_id(0).to(tl.int64)
-    y_ptr += row * columns
-    offset = tl.arange(0, BN)
-    top = tl.zeros([BN], tl.float32)
-    for start in range(0, columns, BN):
-        top = tl.maximum(top, tl.load(y_ptr + start + offset, mask=start + offset < columns, other=0.0).to(tl.float32))
-    top = tl.max(top, 0)
-    bits = (top * top).to(tl.int32, bitcast=True)
+def _power_of_two(bits):
+    """The smallest power of two s with x / s <= 448 for the float32 x >= 0 of these bits, 1 for 0; and 1 / s."""
     biased = tl.maximum((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32), 1)
     biased = tl.where(bits == 0, 127, biased)
-    tl.store(scale_ptr + row, (biased << 23).to(tl.float32, bitcast=True))
-    inverse = ((254 - biased) << 23).to(tl.float32, bitcast=True)
-    for start in range(0, columns, BN):
-        mask = start + offset < columns
-        y = tl.maximum(tl.load(y_ptr + start + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
-        tl.store(out_ptr + row * columns + start + offset, (y * y * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+    return (biased << 23).to(tl.float32, bitcast=True), ((254 - biased) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _relu2_rows(
+    y_ptr, h_ptr, h_scale_ptr, out_ptr, scale_ptr, columns: tl.constexpr, BACKWARD: tl.constexpr, BN: tl.constexpr
+):
+    """One row of relu(y)^2, or BACKWARD of 2 sqrt(h) y with y the gradient of h, to e4m3 with its own scale.
+
+    The row is read once and waits in registers.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BN)
+    loaded = ()
+    for i in tl.static_range((columns + BN - 1) // BN):  # all loads before the first store
+        at, mask = row * columns + i * BN + offset, offset < columns - i * BN
+        y = tl.load(y_ptr + at, mask=mask, other=0.0)
+        h = tl.load(h_ptr + at, mask=mask, other=0.0) if BACKWARD else y
+        loaded = loaded + ((y, h),)  # noqa: RUF005
+    h_scale = tl.load(h_scale_ptr + row) if BACKWARD else 1.0
+    top = tl.zeros([BN], tl.float32)
+    values = ()
+    for i in tl.static_range((columns + BN - 1) // BN):
+        y = loaded[i][0].to(tl.float32)
+        if BACKWARD:
+            x = 2 * tl.sqrt(loaded[i][1].to(tl.float32) * h_scale) * y
+        else:
+            y = tl.maximum(y, 0.0)
+            x = y * y
+        top = tl.maximum(top, tl.abs(x))
+        values = values + (x if BACKWARD else loaded[i][0],)  # noqa: RUF005
+    scale, inverse = _power_of_two(tl.max(top, 0).to(tl.int32, bitcast=True))
+    tl.store(scale_ptr + row, scale)
+    for i in tl.static_range((columns + BN - 1) // BN):
+        x = values[i].to(tl.float32)
+        if not BACKWARD:
+            x = tl.maximum(x, 0.0)
+            x = x * x
+        out = out_ptr + row * columns + i * BN + offset
+        tl.store(out, (x * inverse).to(out_ptr.dtype.element_ty), mask=offset < columns - i * BN)
+
+
+def _rows(y: Tensor, h: Tensor | None, h_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, scale = torch.empty_like(y, dtype=FP8), y.new_empty(len(y), dtype=torch.float32)
+    block = min(4096, triton.next_power_of_2(y.shape[1]))
+    _relu2_rows[(len(y),)](
+        y, h, h_scale, out, scale, columns=y.shape[1], BACKWARD=h is not None, BN=block, num_warps=max(1, block // 256)
+    )
+    return out, scale
 
 
 def relu2_rows(y: Tensor) -> tuple[Tensor, Tensor]:
     """relu(y)^2 (M, N) as e4m3 and its scales (M,)."""
-    out, scale = torch.empty_like(y, dtype=FP8), y.new_empty(len(y), dtype=torch.float32)
-    _relu2_rows[(len(y),)](y, out, scale, y.shape[1], BN=min(4096, triton.next_power_of_2(y.shape[1])), num_warps=8)
-    return out, scale
+    return _rows(y, None, None)
+
+
+def relu2_backward_rows(dh: Tensor, h: Tensor, h_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of y, 2 relu(y) dh = 2 sqrt(h) dh (M, N), as e4m3 and its scales (M,)."""
+    return _rows(dh, h, h_scale)
+
+
+@triton.jit
+def _largest(x_ptr, scale_ptr, bits_ptr, rows, columns, SCALED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """bits (columns,), of float32, are raised to the largest magnitude of each column; a thread has eight of them."""
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    top = tl.zeros([BN], tl.float32)
+    for i in range(0, BM, 8):
+        for j in tl.static_range(8):
+            row = (tl.program_id(1) * BM + i + j).to(tl.int64)
+            x = tl.load(x_ptr + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
+            x = tl.abs(x.to(tl.float32))
+            if SCALED:
+                x = x * tl.load(scale_ptr + row, mask=row < rows, other=0.0)
+            top = tl.maximum(top, x)
+    tl.atomic_max(bits_ptr + column, top.to(tl.int32, bitcast=True), mask=column < columns, sem="relaxed")
+
+
+def largest_of_columns(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Bits (N,) of the largest magnitude of each column of x (M, N), times the scales of its rows (M,)."""
+    bits = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)
+    grid = triton.cdiv(x.shape[1], 1024), triton.cdiv(len(x), 64)
+    _largest[grid](x, scale, bits, *x.shape, SCALED=scale is not None, BM=64, BN=1024, num_warps=4)
+    return bits
+
+
+@triton.jit
+def _turn(
+    x_ptr, scale_ptr, bits_ptr, out_ptr, out_scale_ptr, rows, columns,
+    SCALED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """x (rows, columns), times scales of its rows, to e4m3 (columns, rows) with scales of its columns."""
+    row, column = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    x = tl.load(x_ptr + row[:, None].to(tl.int64) * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        x = x * tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
+    scale, inverse = _power_of_two(tl.load(bits_ptr + column, mask=column < columns, other=0))
+    tl.store(out_scale_ptr + column, scale, mask=(column < columns) & (tl.program_id(0) == 0))
+    out = tl.trans((x * inverse[None, :]).to(out_ptr.dtype.element_ty))
+    at = out_ptr + column[:, None].to(tl.int64) * rows + row[None, :]
+    tl.store(at, out, mask=(column < columns)[:, None] & (row < rows)[None, :])
+
+
+def turn_rows(x: Tensor, scale: Tensor | None, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, N), times the scales of its rows, as e4m3 (N, M) and scales of these rows (N,)."""
+    out, out_scale = x.new_empty(x.shape[::-1], dtype=FP8), x.new_empty(x.shape[1], dtype=torch.float32)
+    grid = triton.cdiv(len(x), 128), triton.cdiv(x.shape[1], 64)
+    _turn[grid](x, scale, bits, out, out_scale, *x.shape, SCALED=scale is not None, BM=128, BN=64, num_warps=4)
+    return out, out_scale

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-OURS, UNPACKED = "sidlm 2:4", "sidlm 2:4 unpacked"
+OURS = "sidlm 2:4"
+PACKED, MIXED, UNPACKED = (f"{OURS} {x}" for x in ("packed", "weights dense", "unpacked"))
 PEAK_GB_S = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350}
 HEADER = f"{'model':<9}{'what':<30}{'precision':<10}{'variant':<24}{'T':>6}{'zeros':>7}{'ms':>10}{'':>14}"
 
@@ -46,25 +47,25 @@ def _from(points: list[tuple[int, bool]]) -> int | None:
 
 
 def crossovers(results: dict) -> list[dict]:
-    """For each layer the fewest tokens measured from which on 2:4 is faster than dense, forward and as a step; and
-    from which on ("products") its step is faster with sparse products than with dense ones of the unpacked operands.
+    """For each layer the fewest tokens measured from which on 2:4 is faster than dense, forward and as a step; and from
+    which on its step is faster with packed activations ("tokens") and, besides, with sparse products for the gradients
+    of weights ("weights"). "tokens" is what its sparse forms, the better of two, make of the one without.
     """
-    layers, unpacked = {}, {}
+    layers, steps = {}, {}
     for kind in ("forward", "step"):
         for row in _measured(results, kind):
-            key = (row["precision"], row["model"], row["d"], row["F"])
-            if row["variant"] == UNPACKED:
-                unpacked[kind, key, row["T"], row["density"]] = row["ms"]
-    for kind in ("forward", "step"):
-        for row in _measured(results, kind):
-            if row["variant"] != OURS or "speedup" not in row or row["density"] != 0.1:
+            if row["density"] != 0.1:
                 continue
             key = (row["precision"], row["model"], row["d"], row["F"])
-            kinds = layers.setdefault(key, {})
-            kinds.setdefault(kind, []).append((row["T"], row["speedup"] > 1))
-            other = unpacked.get((kind, key, row["T"], row["density"]))
-            if kind == "step" and other is not None:
-                kinds.setdefault("products", []).append((row["T"], row["ms"] < other))
+            if kind == "step":
+                steps.setdefault(key, {}).setdefault(row["T"], {})[row["variant"]] = row["ms"]
+            if row["variant"] == OURS and "speedup" in row:
+                layers.setdefault(key, {}).setdefault(kind, []).append((row["T"], row["speedup"] > 1))
+    for key, kinds in layers.items():
+        whole = {T: ms for T, ms in steps.get(key, {}).items() if {PACKED, MIXED, UNPACKED} <= set(ms)}
+        if whole:
+            better = [(T, min(ms[PACKED], ms[MIXED]) < ms[UNPACKED]) for T, ms in whole.items()]
+            kinds |= {"tokens": better, "weights": [(T, ms[PACKED] < ms[MIXED]) for T, ms in whole.items()]}
     return [
         dict(zip(("precision", "model", "d", "F"), key, strict=True)) | {kind: _from(x) for kind, x in kinds.items()}
         for key, kinds in layers.items()
@@ -73,12 +74,16 @@ def crossovers(results: dict) -> list[dict]:
 
 def entries(results: dict) -> list[str]:
     """Lines for src/sidlm/ops/sparse24/crossover.py."""
-    device = results["runs"][-1]["device"]
-    return [
-        f'    Crossover("{device}", {row["precision"] == "fp8"}, {row["F"]}, {row["d"]}, {row["products"] or "NEVER"}),'
-        for row in results["crossovers"]
-        if "products" in row
-    ]
+    device, lines = results["runs"][-1]["device"], []
+    for row in results["crossovers"]:
+        if "tokens" in row:
+            # gradients of weights are sparse only where activations are packed
+            tokens, weights = row["tokens"] or "NEVER", row["weights"] or "NEVER"
+            if "NEVER" not in (tokens, weights):
+                weights = max(tokens, weights)
+            sizes = f"{row['F']}, {row['d']}, {tokens}, {'NEVER' if tokens == 'NEVER' else weights}"
+            lines.append(f'    Crossover("{device}", {row["precision"] == "fp8"}, {sizes}),')
+    return lines
 
 
 def tables(results: dict) -> str:
@@ -125,10 +130,13 @@ def tables(results: dict) -> str:
         )
     if results["crossovers"]:
         out += ["", "### Fewest tokens from which on 2:4 is faster", ""]
-        out += ["| model | precision | forward | step | sparse products |", "|---|---|---|---|---|"]
+        out += ["| model | precision | forward | step | packed activations | sparse gradients of weights |"]
+        out += ["|---|---|---|---|---|---|"]
     for row in results["crossovers"]:
-        sizes = [row.get(kind, "") or ("never" if kind in row else "") for kind in ("forward", "step", "products")]
-        out.append("| {} | {} | {} | {} | {} |".format(row["model"], row["precision"], *sizes))
+        sizes = [
+            row.get(kind, "") or ("never" if kind in row else "") for kind in ("forward", "step", "tokens", "weights")
+        ]
+        out.append("| {} | {} | {} | {} | {} | {} |".format(row["model"], row["precision"], *sizes))
     return "\n".join(out) + "\n"
 
 

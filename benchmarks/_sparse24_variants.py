@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sidlm.ops import squared_relu_ffn
 from sidlm.ops.sparse24 import recipe
+from sidlm.ops.sparse24.crossover import NEVER
 from sidlm.ops.sparse24.packed import unpack
 from sidlm.ops.sparse24.quantize import power_of_two_scale
 from sidlm.ops.sparse24.quantize import quantize_rows as quantize_anywhere
@@ -19,10 +20,11 @@ from sidlm.ops.sparse24.steps import Steps
 
 Variants = dict[str, Callable[[], tuple[Tensor, ...]]]
 OURS = "sidlm 2:4"
+"""As the library chooses by its crossovers, and three that are made to choose"""
+PACKED, MIXED, UNPACKED = "sidlm 2:4 packed", "sidlm 2:4 weights dense", "sidlm 2:4 unpacked"
+"""All sparse products; all but those of the weights' gradients; none"""
 DENSE = "dense"
 """So the variants are named that compute the same without 2:4; SwiGLU is another function"""
-UNPACKED = "sidlm 2:4 unpacked"
-"""The same function with dense products"""
 BACKENDS = ("hopper", "cusparselt", "torchao")
 
 
@@ -37,6 +39,34 @@ def backend(name: str) -> Iterator[None]:
         os.environ.pop("SID_IMPL")
         if before is not None:
             os.environ["SID_IMPL"] = before
+
+
+@contextmanager
+def crossovers(layer: Layer, tokens: int, weights: int) -> Iterator[None]:
+    """Choices as if these were measured."""
+    from sidlm.ops.sparse24 import backends, crossover, gpu
+
+    def forget():
+        gpu._preferred.cache_clear()
+        backends._choose.cache_clear()
+
+    before, device, (features, width) = crossover.TABLE, torch.cuda.get_device_name(), layer.w_in.shape
+    known = [crossover.Crossover(device, fp8, features, width, tokens, weights) for fp8 in (False, True)]
+    crossover.TABLE = (*known, *before)
+    forget()
+    try:
+        yield
+    finally:
+        crossover.TABLE = before
+        forget()
+
+
+def choosing(layer: Layer, tokens: int, weights: int, function: Callable) -> Callable:
+    def run():
+        with crossovers(layer, tokens, weights):
+            return function()
+
+    return run
 
 
 def within(name: str, function: Callable) -> Callable:
@@ -77,11 +107,14 @@ def ours(layer: Layer, precision: str, sparsity: str | None, step: bool) -> Call
 
 def layer_variants(task: Task, layer: Layer, seed: int) -> Variants:
     step, fp8, device = task.kind == "step", task.precision == "fp8", layer.x.device
-    name, *others = usable(device, task.precision) or [""]
-    found: Variants = {OURS: within(name, ours(layer, task.precision, "2:4", step))}
-    for other in set(others) & {"cusparselt"}:
-        found[f"{OURS} ({other})"] = within(other, ours(layer, task.precision, "2:4", step))
-    found[UNPACKED] = within("dense", ours(layer, task.precision, "2:4", step))
+    run_ours = ours(layer, task.precision, "2:4", step)
+    found: Variants = {OURS: run_ours, UNPACKED: run_ours}
+    if device.type == "cuda":
+        found[UNPACKED] = choosing(layer, NEVER, NEVER, run_ours)
+        if usable(device, task.precision):
+            found[PACKED] = choosing(layer, 0, 0, run_ours)
+            if step:
+                found[MIXED] = choosing(layer, 0, NEVER, run_ours)
     found["dense sidlm"] = ours(layer, task.precision, None, step)
     if device.type != "cuda":
         return found
@@ -93,8 +126,8 @@ def layer_variants(task: Task, layer: Layer, seed: int) -> Variants:
     run, run_other = tensorwise(layer), tensorwise(other)
     found["dense tensor-wise"] = lambda: run(step)
     if not step:
-        found["dense row-wise"] = lambda: rowwise(layer)
-        found["dense row-wise fast"] = lambda: rowwise(layer, fast=True)
+        found["dense row-wise"] = lambda: rowwise(layer, step)
+    found["dense row-wise fast"] = lambda: rowwise(layer, step, fast=True)
     found["SwiGLU tensor-wise"] = lambda: run_other(step)
     return found
 
@@ -107,9 +140,10 @@ class Operands:
         x, grad, w_up, w_down, _ = layer
         self.y1, self.d_hidden = x @ w_up.T, grad @ w_down
         with backend(name):
-            self.act, self.counts, _ = self.steps.pack_activation(self.y1, fp8)
+            act, self.counts, _ = self.steps.pack_activation(self.y1, fp8, True, True)
+            self.act = self.steps.opened(act)
             self.dact = self.steps.pack_gradient(self.d_hidden, self.act, fp8)
-        self.sparse, self.dense = recipe.split(self.counts, 0.05)
+        self.sparse, self.dense, _ = recipe.split(self.counts, 0.05)
         self.perm = recipe.token_order(len(x), x.device, True)
         multiple = self.steps.token_multiple
         self.length = -(-len(x) // multiple) * multiple
@@ -119,7 +153,7 @@ class Operands:
         s, x, fp8 = self.steps, self.layer.x, self.fp8
         order = (self.sparse, self.perm, self.length)
         found = {
-            "activation": lambda: s.pack_activation(self.y1, fp8),
+            "activation": lambda: s.pack_activation(self.y1, fp8, False, False),
             "gradient": lambda: s.pack_gradient(self.d_hidden, self.act, fp8),
             "transposed activation": lambda: s.transpose_pack(self.act, *order, "value", fp8),
             "transposed gradient": lambda: s.transpose_pack(self.dact, *order, "magnitude", fp8),

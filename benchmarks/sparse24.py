@@ -133,7 +133,10 @@ def main() -> None:
     args = parse()
     if args.replot:
         args.plot = args.plot or ROOT / "docs/results/sparse24.png"
-        publish(json.loads(args.replot.read_text()), args)
+        results = json.loads(args.replot.read_text())
+        results["crossovers"] = crossovers(results)
+        publish(results, args)
+        print(*entries(results), sep="\n")
         return
     tasks = select(args)
     if args.list:

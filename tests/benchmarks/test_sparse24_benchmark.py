@@ -80,10 +80,14 @@ def test_crossover_is_where_all_larger_sizes_are_faster(script):
     module, _ = script
     rows = rows_of(module, {512: 1.1, 1024: 0.9, 2048: 1.01, 8192: 1.3})
     rows += rows_of(module, {512: 0.5, 8192: 0.99}, precision="bf16")
-    # dense products of the same function: faster below 1024, and in bf16 always
-    rows += rows_of(module, {512: 0.6, 1024: 0.9}, variant="sidlm 2:4 unpacked", ms=0.9)[:1]
-    rows += rows_of(module, {1024: 0.8, 2048: 0.9, 8192: 1.0}, variant="sidlm 2:4 unpacked", ms=1.1)
-    rows += rows_of(module, {8192: 1.1}, variant="sidlm 2:4 unpacked", ms=0.7, precision="bf16")
+    for variant, times in {
+        "sidlm 2:4 packed": {512: 1.5, 1024: 1.2, 2048: 1.0, 8192: 1.0},
+        "sidlm 2:4 weights dense": {512: 1.1, 1024: 0.9, 2048: 0.95, 8192: 1.1},
+        "sidlm 2:4 unpacked": {512: 1.0, 1024: 1.0, 2048: 1.0, 8192: 1.2},
+    }.items():
+        for tokens, ms in times.items():
+            rows += rows_of(module, {tokens: 1.0}, variant=variant, ms=ms)
+            rows += rows_of(module, {tokens: 1.0}, variant=variant, ms=1.0, precision="bf16")
     rows += rows_of(module, {4096: 1.2, 1024: 0.8}, kind="forward")
     rows += rows_of(module, {16384: 0.1}, density=0.16) + rows_of(module, {16384: 0.1}, status="error")
     results = {"rows": rows, "runs": [{"device": "NVIDIA H200"}]}
@@ -91,14 +95,16 @@ def test_crossover_is_where_all_larger_sizes_are_faster(script):
     by = {row["precision"]: row for row in found}
     assert by["fp8"]["step"] == 2048 and by["fp8"]["forward"] == 4096
     assert by["bf16"]["step"] is None and "forward" not in by["bf16"]
-    assert by["fp8"]["products"] == 1024 and by["bf16"]["products"] is None
+    assert (by["fp8"]["tokens"], by["fp8"]["weights"]) == (1024, 8192)
+    assert by["bf16"]["tokens"] is by["bf16"]["weights"] is None
     from sidlm.ops.sparse24.crossover import NEVER, Crossover
 
     lines = [
         eval(line.strip().rstrip(","), {"Crossover": Crossover, "NEVER": NEVER}) for line in module.entries(results)
     ]
     assert set(lines) == {
-        Crossover("NVIDIA H200", True, 16384, 4096, 1024), Crossover("NVIDIA H200", False, 16384, 4096, NEVER)
+        Crossover("NVIDIA H200", True, 16384, 4096, 1024, 8192),
+        Crossover("NVIDIA H200", False, 16384, 4096, NEVER, NEVER),
     }  # fmt: skip
 
 

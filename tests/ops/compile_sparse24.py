@@ -19,9 +19,18 @@ import triton
 from compile_kernels import compile_launch, empty, gpu_target, source
 
 from sidlm.ops.simplicial.prepare import Launch
-from sidlm.ops.sparse24 import triton_features, triton_gradient, triton_pack, triton_transpose
+from sidlm.ops.sparse24 import (
+    triton_features,
+    triton_gradient,
+    triton_masked,
+    triton_pack,
+    triton_split,
+    triton_thin,
+    triton_transpose,
+)
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
+from sidlm.ops.sparse24.recipe import Split
 
 DENSE, MODEL = 1088, 4096
 """Dense features, columns of x"""
@@ -52,9 +61,30 @@ def launches(arch: str, T: int, F: int, dtype: torch.dtype, layout: str) -> Iter
         rows, scale = empty(MODEL, length, dtype=kind), empty(MODEL) if fp8 else None
         yield "rows" + suffix, triton_transpose.plan_rows(x, perm, known_x, rows, scale)
         if fp8:
-            yield "counts_fp8", triton_features.plan_counts(act, counts, totals, layout, arch)
-            yield "largest_fp8", triton_features.plan_largest(act, bits, layout, arch)
+            yield "features_fp8", triton_features.plan_features(act, counts, bits, layout, arch)
             yield "columns_fp8", triton_features.plan_columns(x, of_x)
+        yield from masked(arch, y, act, perm, known, suffix)
+    yield (
+        "split",
+        triton_split.plan(counts, Split(empty(F - DENSE, dtype=torch.int64), some, empty(F, dtype=torch.uint8)), T),
+    )
+
+
+def masked(
+    arch: str, y: torch.Tensor, act: Packed, perm: torch.Tensor, bits: torch.Tensor | None, suffix: str
+) -> Iterator[tuple[str, Launch]]:
+    """Those that pack nothing."""
+    (T, F), kind, fp8 = y.shape, act.values.dtype, bits is not None
+    out, counts, totals = empty(T, F, dtype=kind), empty(F, dtype=torch.int32), empty(2, dtype=torch.int32)
+    whole = Packed(out, empty(0, 0, dtype=torch.uint8), act.scale)
+    yield "mask" + suffix, triton_masked.plan_activation(y, out, act.scale, counts, totals, arch)
+    yield "mask_gradient" + suffix, triton_masked.plan_gradient(y, out, act.scale, out, act.scale, arch)
+    every, scale = empty(F, dtype=torch.uint8), empty(F) if fp8 else None
+    thin = empty(F, T, dtype=kind) if fp8 else out
+    for p, layout, name in ((act, "plain", "thin"), (whole, None, "thin_whole")):
+        yield name + suffix, triton_thin.plan(p, every, perm, bits, thin, scale, totals, "magnitude", layout, arch)
+    if fp8:
+        yield "features_whole_fp8", triton_features.plan_features(whole, counts, bits, None, arch)
 
 
 def widths(launch: Launch, arch: str) -> dict[str, int]:

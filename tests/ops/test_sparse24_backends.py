@@ -24,7 +24,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SID_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SID_IMPL", raising=False)
     monkeypatch.setattr(algorithms, "_known", {})
-    caches = (backends.failure, backends._choose, cusparselt._machine)
+    caches = (backends.failure, backends._choose, cusparselt._machine, gpu._preferred)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -134,7 +134,7 @@ def test_a_backend_is_tried_with_both_orders_of_b(monkeypatch):
 def test_choice_by_sizes_and_name(dtype, monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "cusparselt", dense_with(lambda product: product))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "some GPU")
-    monkeypatch.setattr(crossover, "TABLE", (crossover.Crossover("some GPU", dtype == FP8, 8192, 2048, 1024),))
+    monkeypatch.setattr(crossover, "TABLE", (crossover.Crossover("some GPU", dtype == FP8, 8192, 2048, 1024, 2048),))
     choose = lambda tokens, features: backends.choose(CPU, dtype, tokens, features)  # noqa: E731
     assert backends.why_not("cusparselt", CPU, dtype) is None
     assert [choose(tokens, 8192) for tokens in (896, 1024, 4096)] == ["dense", "cusparselt", "cusparselt"]
@@ -146,16 +146,17 @@ def test_choice_by_sizes_and_name(dtype, monkeypatch):
 
 
 def test_crossover_is_that_of_the_nearest_features(monkeypatch):
-    rows = [("A", True, 8192, 2048, 100), ("A", True, 43008, 8192, 200), ("A", False, 8192, 2048, 300)]
+    rows = [("A", True, 8192, 2048, 100, 150), ("A", True, 43008, 8192, 200, 250), ("A", False, 8192, 2048, 300, 0)]
     monkeypatch.setattr(crossover, "TABLE", tuple(crossover.Crossover(*row) for row in rows))
     assert [crossover.tokens("A", True, f) for f in (64, 16384, 30000)] == [100, 100, 200]
     assert crossover.tokens("A", False, 43008) == 300
-    assert crossover.tokens("B", True, 8192) == crossover.ASSUMED
+    assert [crossover.weights("A", True, f) for f in (64, 30000)] == [150, 250]
+    assert crossover.tokens("B", True, 8192) == crossover.weights("B", True, 8192) == crossover.ASSUMED
 
 
 def test_entries_of_the_crossover_table_are_whole():
     for entry in crossover.TABLE:
-        assert entry.tokens >= 64 and entry.features % 64 == 0 and entry.device.startswith("NVIDIA")
+        assert 64 <= entry.tokens <= entry.weights and entry.features % 64 == 0 and entry.device.startswith("NVIDIA")
     assert len({(x.device, x.fp8, x.features) for x in crossover.TABLE}) == len(crossover.TABLE)
 
 

@@ -7,14 +7,13 @@ bfloat16 is left out, the interpreter gets it wrong without a word; inline PTX i
 import os
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
+from ops.sparse24_interpreter import poison_memory, use_casts_of_torch
 from ops.sparse24_oracle import INF, NAN, activation, columns, gradient, rounded, same, special, tensors, transposed
 from sidlm.ops.sparse24.layouts import LAYOUTS, from_layout, to_layout
 from sidlm.ops.sparse24.packed import unpack
-from sidlm.ops.sparse24.quantize import FP8
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -28,32 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on
 
 
 @pytest.fixture(autouse=True)
-def casts_of_torch(monkeypatch):
-    """The interpreter's own cast to e4m3 rounds halves up and loses the carry, the one from it has no NaN."""
-    theirs = interpreter._convert_float
-    types = {"fp8e4nv": FP8, "fp32": torch.float32, "fp16": torch.float16}
-
-    def convert(x, source, to, mode):
-        if "fp8e4nv" not in (source.name, to.name):
-            return theirs(x, source, to, mode)
-        bits = torch.from_numpy(np.ascontiguousarray(x).reshape(-1).view(np.uint8).copy())
-        out = bits.view(types[source.name]).to(types[to.name])
-        return out.view(torch.uint8).numpy().view(f"uint{8 * out.element_size()}").reshape(x.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that nobody wrote reads as NaN, and as metadata that names one place twice."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        make = getattr(owner, name)
-
-        def filled(*args, make=make, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(torch.nan if x.is_floating_point() else 0xFF if x.dtype == torch.uint8 else 99)
-
-        monkeypatch.setattr(owner, name, filled)
+def machine(monkeypatch):
+    use_casts_of_torch(monkeypatch, interpreter)
+    poison_memory(monkeypatch)
 
 
 MODES = list(product([torch.float32, torch.float16], [False, True]))

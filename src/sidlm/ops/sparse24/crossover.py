@@ -1,4 +1,4 @@
-"""From how many tokens on sparse products pay: below, dense ones of the unpacked operands are faster.
+"""From how many tokens on sparse products pay: below, products are dense and nothing is packed for them.
 
 The function is the same. Each entry is a measurement of `benchmarks/sparse24.py` (a layer, forward and backward), which
 prints it; what it was measured on is in benchmarks/results.
@@ -15,7 +15,9 @@ class Crossover(NamedTuple):
     width: int
     """d of x and of the result"""
     tokens: int
-    """the smallest number measured at which sparse products are faster, and at all above"""
+    """the smallest number measured at which products with packed activations are faster, and at all above"""
+    weights: int
+    """the same for gradients of the weights, for which activations are transposed and packed anew"""
 
 
 NEVER = 1 << 62
@@ -27,7 +29,18 @@ ASSUMED = 4096
 """tokens, where nothing was measured"""
 
 
-def tokens(device: str, fp8: bool, features: int) -> int:
-    """The crossover of the entry for this device and precision whose features are nearest; ASSUMED if there is none."""
+def _nearest(device: str, fp8: bool, features: int) -> Crossover:
+    """The entry for this device and precision whose features are nearest, or what is assumed."""
     known = [x for x in TABLE if (x.device, x.fp8) == (device, fp8)]
-    return min(known, key=lambda x: abs(x.features - features)).tokens if known else ASSUMED
+    assumed = Crossover(device, fp8, features, 0, ASSUMED, ASSUMED)
+    return min(known, key=lambda x: abs(x.features - features), default=assumed)
+
+
+def tokens(device: str, fp8: bool, features: int) -> int:
+    """From how many tokens on activations are packed."""
+    return _nearest(device, fp8, features).tokens
+
+
+def weights(device: str, fp8: bool, features: int) -> int:
+    """From how many tokens on gradients of the weights are sparse products."""
+    return _nearest(device, fp8, features).weights

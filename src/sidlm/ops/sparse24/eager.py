@@ -47,7 +47,7 @@ def _pack(x: Tensor, mask: Tensor, dtype: torch.dtype, fp8: bool) -> Packed:
     return Packed(values, packed.metadata, scale)
 
 
-def pack_activation(y1: Tensor, fp8: bool) -> tuple[Packed, Tensor, Tensor]:
+def pack_activation(y1: Tensor, fp8: bool, *_: bool) -> tuple[Packed, Tensor, Tensor]:
     act = _pack(_high(y1).relu().square_(), select_2to4(y1), y1.dtype, fp8)
     counts = (unpack(act) > 0).sum(0, dtype=torch.int32)
     return act, counts, torch.stack(((y1 > 0).sum(), counts.sum())).int()

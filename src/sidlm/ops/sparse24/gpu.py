@@ -3,28 +3,38 @@
 The kernels have metadata in the plain order. A backend may read another, and cuSPARSELt reads it right behind the
 values, in one piece of memory. So values are written to the head of such a piece, and the metadata, reordered, to its
 tail: an eighth of a byte an element read and written once more for each product.
+
+Where sparse products do not pay, nothing is packed: activations stay whole matrices, with the same zeros in them. Of
+gradients of the weights, for which a packed matrix is transposed and packed anew, that goes for more sizes.
 """
 
-from dataclasses import dataclass
+import functools
+import os
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sidlm.ops.sparse24 import (
     backends,
+    crossover,
     cusparselt,
     hopper_product,
     triton_features,
     triton_gradient,
+    triton_masked,
     triton_pack,
+    triton_split,
+    triton_thin,
     triton_transpose,
 )
-from sidlm.ops.sparse24 import steps as interface
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.products import Product, dense_product, dense_values
 from sidlm.ops.sparse24.quantize import FP8
+from sidlm.ops.sparse24.recipe import Split
 from sidlm.ops.sparse24.steps import Operand, Steps
 from sidlm.ops.sparse24.triton_quantize import quantize_rows
 from sidlm.ops.sparse24.triton_relayout import relayout, restored
@@ -33,7 +43,7 @@ from sidlm.ops.sparse24.triton_rescale import place, rescaled
 TOKENS = 128
 """Tokens are padded to a multiple of it: rows of a tensor core's tile, and columns of one when transposed."""
 FEATURES = 64
-"""Where features are no multiple of it, products are dense."""
+"""Where features are no multiple of it, products are dense and nothing is packed."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Laid:
     backend: str
     metadata: Tensor | None = None
     """uint8 (T, K / 8), as the kernels read it, where it is at hand"""
+    count: bool = True
+    """Whether its features are counted when their scales are looked for"""
 
     @cached_property
     def for_kernels(self) -> Packed:
@@ -64,9 +76,37 @@ class Laid:
         return Packed(self.values, self.tiled, F.pad(scale, (0, padding)) if scale is not None and padding else scale)
 
     @cached_property
-    def largest(self) -> Tensor | None:
-        """What the scales of its columns are made of, if its rows have scales."""
-        return None if self.scale is None else triton_features.largest_of_features(self.for_kernels)
+    def of_features(self) -> tuple[Tensor | None, Tensor | None]:
+        """int32 (F,): counts, and largest magnitudes, for scales of columns; none where rows have no scale."""
+        return (None, None) if self.scale is None else triton_features.of_features(self.for_kernels, count=self.count)
+
+    layout = "plain"
+    """Of `for_kernels`"""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A matrix (T, F) that is not packed, with the zeros that it would have."""
+
+    values: Tensor
+    """(T, F)"""
+    scale: Tensor | None
+    """float32 (T,)"""
+    count: bool = True
+    layout = None
+
+    @property
+    def for_kernels(self) -> Packed:
+        """With no metadata."""
+        return Packed(self.values, self.values.new_empty(0, 0, dtype=torch.uint8), self.scale)
+
+    @cached_property
+    def of_features(self) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            (None, None)
+            if self.scale is None
+            else triton_features.of_features(self.for_kernels, None, count=self.count)
+        )
 
 
 def _layout(backend: str, dtype: torch.dtype) -> str:
@@ -77,9 +117,29 @@ def _up(tokens: int) -> int:
     return (tokens + TOKENS - 1) // TOKENS * TOKENS
 
 
+@functools.lru_cache(maxsize=64)
+def _preferred(device: torch.device, dtype: torch.dtype, features: int, asked: str) -> tuple[str, int, int]:
+    """The backend where there are tokens enough, and how many that is for activations and for gradients of weights."""
+    with unset_fake_temporarily():  # a backend is tried when first asked for
+        name = backends.choose(device, dtype, 1 << 40, features)
+    fp8 = dtype == FP8
+    if f"sparse24_product{'_fp8' if fp8 else ''}={name}" in asked.replace(" ", "").split(","):
+        return name, 0, 0
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name, crossover.tokens(model, fp8, features), crossover.weights(model, fp8, features)
+
+
 def _backend(dtype: torch.dtype, device: torch.device, tokens: int, features: int) -> str:
-    """For activations, their gradients, and both transposed."""
-    return backends.choose(device, dtype, _up(tokens), features) if features % FEATURES == 0 else "dense"
+    """For activations and their gradients; "dense": nothing is packed. It may be asked about tensors that are fake."""
+    if features % FEATURES:
+        return "dense"
+    name, enough, _ = _preferred(device, dtype, features, os.environ.get("SID_IMPL", ""))
+    return name if name != "dense" and tokens >= enough else "dense"
+
+
+def _transposes(dtype: torch.dtype, device: torch.device, tokens: int, features: int) -> bool:
+    """Whether packed activations are transposed for the gradients of weights."""
+    return tokens >= _preferred(device, dtype, features, os.environ.get("SID_IMPL", ""))[2]
 
 
 def _piece(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -105,33 +165,32 @@ def _lay(values: Tensor, tiled: Tensor, packed: Packed, backend: str) -> Laid:
 
 def empty_packed(tokens: int, features: int, dtype: torch.dtype, device: torch.device, fp8: bool) -> Packed:
     """A `closed` activation, not written."""
-    if features % FEATURES:
-        return interface.empty_packed(tokens, features, dtype, device, fp8)
-    dtype, rows = FP8 if fp8 else dtype, _up(tokens)
-    return Packed(
-        torch.empty(rows, features // 2 + features // 8 // dtype.itemsize, dtype=dtype, device=device),
-        torch.empty(tokens, 0, dtype=torch.uint8, device=device),
-        torch.empty(tokens, dtype=torch.float32, device=device) if fp8 else None,
-    )
+    dtype, scale = FP8 if fp8 else dtype, torch.empty(tokens, dtype=torch.float32, device=device) if fp8 else None
+    if _backend(dtype, device, tokens, features) == "dense":
+        metadata = torch.empty(0, 0, dtype=torch.uint8, device=device)
+        return Packed(torch.empty(tokens, features, dtype=dtype, device=device), metadata, scale)
+    columns = features // 2 + features // 8 // dtype.itemsize
+    values = torch.empty(_up(tokens), columns, dtype=dtype, device=device)
+    return Packed(values, torch.empty(tokens, 0, dtype=torch.uint8, device=device), scale)
 
 
-def closed(laid: Laid) -> Packed:
+def closed(x: Laid | Whole) -> Packed:
     """What can leave an operator, where no two tensors share memory: values (M, K / 2 + K / 8 / itemsize), the piece.
 
-    Its metadata is (T, 0), which says T. The shapes are the same whichever the backend is.
+    Its metadata is (T, 0), which says T; of what is not packed (0, 0).
     """
-    if 2 * laid.values.shape[1] % FEATURES:
-        return laid.for_kernels
-    return Packed(cusparselt.blob(laid.for_backend), laid.tiled.new_empty(laid.rows, 0), laid.scale)
+    if isinstance(x, Whole):
+        return x.for_kernels
+    return Packed(cusparselt.blob(x.for_backend), x.tiled.new_empty(x.rows, 0), x.scale)
 
 
-def opened(p: Packed | Laid) -> Laid:
+def opened(p: Packed | Laid | Whole) -> Laid | Whole:
     """The inverse of `closed`."""
-    if isinstance(p, Laid):
+    if not isinstance(p, Packed):
         return p
     tokens = len(p.metadata)
-    if p.metadata.shape[1]:
-        return Laid(p.values, p.metadata, p.scale, tokens, "dense")
+    if not tokens:
+        return Whole(p.values, p.scale)
     rows, size = len(p.values), p.values.itemsize
     features = p.values.shape[1] * 8 * size // (4 * size + 1)
     values, tiled = p.values.view(-1).split([rows * features // 2, rows * features // 8 // size])
@@ -155,82 +214,114 @@ def dense_matmul(a: Operand, b: Operand, fp8: bool) -> Tensor:
     return dense_product(*_operand(a, fp8), *_operand(b, fp8))
 
 
-def _product(laid: Laid, b: Operand, fp8: bool) -> Product:
+def _product(left: Laid | Whole, b: Operand, fp8: bool) -> Product:
     b, b_scale = _operand(b, fp8)
-    backend, product = backends.BACKENDS[laid.backend], None
+    if isinstance(left, Whole):
+        return Product(dense_product(left.values, left.scale, b, b_scale))
+    backend, product = backends.BACKENDS[left.backend], None
     if len(b) % backend.multiples[2] == 0:
-        product = backend.multiply(laid.for_backend, b, b_scale)
+        product = backend.multiply(left.for_backend, b, b_scale)
     if product is None:
-        product = Product(dense_product(dense_values(laid.for_kernels), laid.scale, b, b_scale))
-    return product._replace(values=product.values[: laid.rows])
+        product = Product(dense_product(dense_values(left.for_kernels), left.scale, b, b_scale))
+    return product._replace(values=product.values[: left.rows])
 
 
-def sparse_matmul(p: Packed | Laid, b: Operand, fp8: bool) -> Tensor:
+def sparse_matmul(p: Packed | Laid | Whole, b: Operand, fp8: bool) -> Tensor:
     return rescaled(_product(opened(p), b, fp8))
 
 
-def products_into(into: Tensor, parts: list[tuple[Tensor, Packed | Laid | Operand]], b: Operand, fp8: bool) -> None:
+def products_into(into: Tensor, parts: list[tuple[Tensor, Laid | Operand]], b: Operand, fp8: bool) -> None:
     """Both parts in one pass, because rows of a transposed matrix share sectors of memory with their neighbours."""
     rows = torch.cat([rows for rows, _ in parts])
     source = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
     source[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
     b = _operand(b, fp8)
     first, *others = (
-        _product(opened(left), b, fp8) if isinstance(left, Packed | Laid) else Product(dense_matmul(left, b, fp8))
-        for _, left in parts
+        _product(left, b, fp8) if isinstance(left, Laid) else Product(dense_matmul(left, b, fp8)) for _, left in parts
     )
     place(into, source, first, torch.cat([rescaled(x) for x in others]) if others else None)
 
 
-def pack_activation(y1: Tensor, fp8: bool) -> tuple[Packed, Tensor, Tensor]:
-    (tokens, features), dtype = y1.shape, FP8 if fp8 else y1.dtype
-    if features % FEATURES:
-        return triton_pack.pack_activation(y1, fp8)
-    values, tiled = _piece(_up(tokens), features, dtype, y1.device)
+def pack_activation(y1: Tensor, fp8: bool, keep: bool = True, measure: bool = True) -> tuple[Packed, Tensor, Tensor]:
+    """In fp8 counts cost a pass of their own: they are left to `counted`, unless measured."""
+    (tokens, features), dtype, count = y1.shape, FP8 if fp8 else y1.dtype, measure or (keep and not fp8)
     backend = _backend(dtype, y1.device, tokens, features)
+    if backend == "dense":
+        values, scale, counts, totals = triton_masked.activation(y1.contiguous(), fp8, count)
+        whole = Whole(values, scale)
+        if fp8 and measure:
+            counts, _ = whole.of_features
+            assert counts is not None
+            torch.sum(counts, 0, dtype=torch.int32, out=totals[1])
+        return closed(whole), counts, totals
+    values, tiled = _piece(_up(tokens), features, dtype, y1.device)
     metadata = _in_place(tiled, tokens, backend, dtype)
-    packed, counts, totals = triton_pack.pack_activation(y1, fp8, values=values[:tokens], metadata=metadata)
+    packed, counts, totals = triton_pack.pack_activation(
+        y1, fp8, values=values[:tokens], metadata=metadata, count=count
+    )
     return closed(_lay(values, tiled, packed, backend)), counts, totals
 
 
-def pack_gradient(dy2: Tensor, act: Packed | Laid, fp8: bool) -> Laid:
+def counted(act: Laid | Whole, counts: Tensor) -> Tensor:
+    """In fp8 the pass that finds the scales of features counts, too."""
+    found, _ = act.of_features
+    return counts if found is None else found
+
+
+def pack_gradient(dy2: Tensor, act: Packed | Laid | Whole, fp8: bool) -> Laid | Whole:
     act = opened(act)
+    if isinstance(act, Whole):
+        return Whole(*triton_masked.gradient(dy2.contiguous(), act.values, act.scale), count=False)
     values, tiled = _piece(len(act.values), 2 * act.values.shape[1], FP8 if fp8 else dy2.dtype, dy2.device)
     packed = triton_gradient.pack_gradient(dy2, act.for_kernels, fp8, values=values[: len(dy2)])
     if packed.metadata.data_ptr() == act.tiled.data_ptr():  # as the backend reads it
         tiled = act.tiled
-    return _lay(values, tiled, packed, act.backend)
+    return replace(_lay(values, tiled, packed, act.backend), count=False)
 
 
-def transpose_pack(
-    p: Packed | Laid, features: Tensor, perm: Tensor, length: int, by: str, fp8: bool
-) -> tuple[Laid, Tensor]:
-    p = opened(p)
+def transpose_pack(p: Laid, features: Tensor, perm: Tensor, length: int, by: str, fp8: bool) -> tuple[Laid, Tensor]:
     values, tiled = _piece(len(features), length, p.values.dtype, p.values.device)
     metadata = _in_place(tiled, len(features), p.backend, values.dtype)
     packed, totals = triton_transpose.transpose_pack(
-        p.for_kernels, features, perm, length, by, fp8, bits=p.largest, values=values, metadata=metadata
+        p.for_kernels, features, perm, length, by, fp8, bits=p.of_features[1], values=values, metadata=metadata
     )
     return _lay(values, tiled, packed, p.backend), totals
 
 
-def transpose_dense(
-    p: Packed | Laid, features: Tensor, perm: Tensor, length: int, fp8: bool
-) -> tuple[Tensor, Tensor | None]:
-    p = opened(p)
-    return triton_transpose.transpose_dense(p.for_kernels, features, perm, length, fp8, bits=p.largest)
+def transpose_dense(p: Laid, features: Tensor, perm: Tensor, length: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    return triton_transpose.transpose_dense(p.for_kernels, features, perm, length, fp8, bits=p.of_features[1])
+
+
+def weight_gradient(
+    left: Laid | Whole, right: Tensor, by: str, split: Split, perm: Tensor, turned: bool, fp8: bool
+) -> tuple[Tensor, Tensor] | None:
+    """By one dense product; None where there are tokens enough for sparse ones."""
+    p = left.for_kernels
+    features = p.values.shape[1] * (1 if isinstance(left, Whole) else 2)
+    if isinstance(left, Laid) and _transposes(p.values.dtype, p.values.device, len(perm), features):
+        return None
+    assert split.is_dense is not None
+    out, scale, totals = triton_thin.thinned(p, split.is_dense, perm, by, left.layout, left.of_features[1])
+    if not fp8:  # tokens are where they were
+        a, b = (right.T, out.T) if turned else (out.T, right.T)
+        return dense_product(a, None, b, None), totals
+    a, b = (out, scale), triton_transpose.transpose_rows(right, perm, out.shape[1], True)
+    return dense_product(*b, *a) if turned else dense_product(*a, *b), totals
 
 
 def pack_up(x: Tensor, w_up: Tensor, fp8: bool, count: bool) -> tuple[Packed, Tensor] | None:
     if fp8 or not hopper_product.packs(x, w_up):
         return None
     tokens, features = len(x), len(w_up)
-    values, tiled = _piece(_up(tokens), features, x.dtype, x.device)
     backend = _backend(x.dtype, x.device, tokens, features)
+    if backend == "dense":
+        return None
+    values, tiled = _piece(_up(tokens), features, x.dtype, x.device)
     metadata = _in_place(tiled, tokens, backend, x.dtype)
     packed = Packed(values[:tokens], tiled.new_empty(tokens, features // 8) if metadata is None else metadata)
     hopper_product.packed_product(x, w_up, packed)
-    counts = triton_features.counts_of_features(packed) if count else tiled.new_empty(features, dtype=torch.int32)
+    counts, _ = triton_features.of_features(packed, top=False) if count else (None, None)
+    counts = tiled.new_empty(features, dtype=torch.int32) if counts is None else counts
     return closed(_lay(values, tiled, packed, backend)), counts
 
 
@@ -246,6 +337,9 @@ STEPS = Steps(
     empty_packed=empty_packed,
     products_into=products_into,  # pyright: ignore
     opened=opened,  # pyright: ignore
+    counted=counted,
+    split=triton_split.split,
+    weight_gradient=weight_gradient,
     pack_up=pack_up,
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sidlm.ops.sparse24.packed import Packed
-from sidlm.ops.sparse24.recipe import Recipe, split, threshold, token_order
+from sidlm.ops.sparse24.recipe import Recipe, Split, threshold, token_order
 from sidlm.ops.sparse24.steps import Left, Steps
 
 
@@ -51,7 +51,7 @@ def forward(
     y1 = steps.dense_matmul(x, w_up, recipe.fp8)  # (T, F)
     kept = Kept(y1=y1 if keep and keeps_y1(recipe) else None)
     if on:
-        act, counts, totals = steps.pack_activation(y1, recipe.fp8)
+        act, counts, totals = steps.pack_activation(y1, recipe.fp8, keep, measure)
         del y1
         out = steps.sparse_matmul(act, w_down, recipe.fp8)
         least = threshold(counts, recipe.dense_features) if measure else None
@@ -91,12 +91,11 @@ def backward(
         dw_up, dw_down = steps.dense_matmul(dact.T, x.T, fp8), steps.dense_matmul(g.T, act.T, fp8)
         return dx, dw_up, dw_down, x.new_zeros(2, dtype=torch.float32)
     assert kept.counts is not None
-    dw_up, dw_down = torch.empty_like(w_up), torch.empty_like(w_down)
-    totals = (
-        _weight_gradient(steps, dw_down.T, act, g, "value", kept.counts, recipe),
-        _weight_gradient(steps, dw_up, dact, x, "magnitude", kept.counts, recipe),
-    )
-    return dx, dw_up, dw_down, torch.stack([_dropped(t) for t in totals])
+    counts = steps.counted(act, kept.counts)
+    features = steps.split(counts, recipe.dense_features, len(x))
+    dw_down, of_act = _weight_gradient(steps, act, g, "value", features, True, recipe)
+    dw_up, of_dact = _weight_gradient(steps, dact, x, "magnitude", features, False, recipe)
+    return dx, dw_up, dw_down, torch.stack((_dropped(of_act), _dropped(of_dact)))
 
 
 def _dense_gradients(
@@ -109,25 +108,30 @@ def _dense_gradients(
 
 
 def _weight_gradient(
-    steps: Steps, into: Tensor, left: Left, right: Tensor, by: str, counts: Tensor, recipe: Recipe
-) -> Tensor:
-    """Write left.T @ right into (F, n), with left (T, F) made 2:4 sparse along tokens but for the densest features.
+    steps: Steps, left: Left, right: Tensor, by: str, features: Split, turned: bool, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """left.T @ right (F, n), or turned (n, F), left (T, F) made 2:4 sparse along tokens but for the dense features.
 
-    Returns totals (2,): non-zeros of the sparse features, and how many of them are kept.
+    Also totals (2,): non-zeros of the sparse features, and how many of them are kept.
     """
+    sparse, dense, _ = features
     perm = token_order(len(right), right.device, recipe.permute_tokens)
+    whole = steps.weight_gradient(left, right, by, features, perm, turned, recipe.fp8)
+    if whole is not None:
+        return whole
+    shape = len(sparse) + len(dense), right.shape[1]
+    gradient = right.new_empty(shape[::-1] if turned else shape)
     length = -(-len(right) // steps.token_multiple) * steps.token_multiple
     b = steps.transpose_rows(right, perm, length, recipe.fp8)  # (n, T')
-    sparse, dense = split(counts, recipe.dense_features)
-    totals, parts = counts.new_zeros(2), []
+    totals, parts = torch.zeros(2, dtype=torch.int32, device=right.device), []
     if len(sparse):
         packed, totals = steps.transpose_pack(left, sparse, perm, length, by, recipe.fp8)
         parts.append((sparse, packed))
     if len(dense):
         parts.append((dense, steps.transpose_dense(left, dense, perm, length, recipe.fp8)))
     if parts:
-        steps.products_into(into, parts, b, recipe.fp8)
-    return totals
+        steps.products_into(gradient.T if turned else gradient, parts, b, recipe.fp8)
+    return gradient, totals
 
 
 def _dropped(totals: Tensor) -> Tensor:

@@ -29,15 +29,22 @@ def dense_count(features: int, share: float) -> int:
     return min(features, -(-round(features * share) // DENSE_MULTIPLE) * DENSE_MULTIPLE)
 
 
-def split(counts: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Indices int64 of the sparse and of the dense features, each ascending, from the active tokens (F,) of each.
+class Split(NamedTuple):
+    """Which features are sparse and which are dense."""
 
-    Among features of equal counts those with the highest indices are dense.
-    """
+    sparse: Tensor
+    """their indices, int64, ascending: neighbours in memory are read together"""
+    dense: Tensor
+    """the others'"""
+    is_dense: Tensor | None = None
+    """uint8 (F,), where an implementation needs it"""
+
+
+def split(counts: Tensor, share: float) -> Split:
+    """From the active tokens (F,) of each feature. Of equal counts those with the highest indices are dense."""
     order = counts.argsort(stable=True)
     sparse = len(order) - dense_count(len(order), share)
-    # neighbours in memory are read together
-    return order[:sparse].sort().values, order[sparse:].sort().values
+    return Split(order[:sparse].sort().values, order[sparse:].sort().values)
 
 
 def threshold(counts: Tensor, share: float) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
+from sidlm.ops.sparse24.recipe import Split, split
 
 Operand = Tensor | tuple[Tensor, Tensor | None]
 Left = Any
@@ -39,9 +40,11 @@ class Steps(NamedTuple):
 
     dense_matmul: Callable[[Operand, Operand, bool], Tensor]
     """(a (M, K), b (N, K), fp8) -> a @ b.T (M, N) in dtype"""
-    pack_activation: Callable[[Tensor, bool], tuple[Packed, Tensor, Tensor]]
-    """(y1 (T, F), fp8) -> relu(y1)^2 at the two largest y1 of every four features, rounded to dtype or, by rows, to
-    e4m3; int32 counts (F,) of values > 0 as they are in it; int32 totals (2,): y1 > 0, and the sum of counts"""
+    pack_activation: Callable[[Tensor, bool, bool, bool], tuple[Packed, Tensor, Tensor]]
+    """(y1 (T, F), which may be overwritten, fp8, keep, measure) -> relu(y1)^2 at the two largest y1 of every four
+    features, rounded to dtype or, by rows, to e4m3; int32 counts (F,) of values > 0 as they are in it; int32 totals
+    (2,): y1 > 0, and the sum of counts. Of the last two only the shapes matter unless measure, but for the counts, if
+    keep, to `counted`"""
     sparse_matmul: Callable[[Packed, Operand, bool], Tensor]
     """(p (M, K), b (N, K), fp8) -> p @ b.T (M, N) in dtype; p is quantised already"""
     pack_gradient: Callable[[Tensor, Packed, bool], Packed]
@@ -64,6 +67,16 @@ class Steps(NamedTuple):
     """(T, F, dtype, device, fp8) -> a Packed with the shapes, strides and dtypes of `pack_activation`'s, not written"""
     opened: Callable[[Packed], Any] = lambda act: act
     """What `pack_activation` made, as the other functions take it too, for less: the backward pass uses it thrice"""
+    counted: Callable[[Any, Tensor], Tensor] = lambda act, counts: counts
+    """(act as `opened` returns it, counts (F,) of `pack_activation` with keep) -> counts"""
+    split: Callable[[Tensor, float, int], Split] = lambda counts, share, tokens: split(counts, share)
+    """(counts int32 (F,), share, T) -> `recipe.split`"""
+    weight_gradient: Callable[[Left, Tensor, str, Split, Tensor, bool, bool], tuple[Tensor, Tensor] | None] = (
+        lambda *_: None
+    )
+    """(left (T, F), right (T, n), by, split, perm int64 (T,), turned, fp8) -> left.T @ right, or turned
+    right.T @ left, with left made 2:4 sparse along tokens but for the dense features; and totals as of
+    `transpose_pack`. None where that is better done by the functions above"""
     pack_up: Callable[[Tensor, Tensor, bool, bool], tuple[Packed, Tensor] | None] | None = None
     """(x (T, d), w_up (F, d), fp8, count) -> act and counts of `pack_activation` of their product, counts not written
     unless count is true; None where the two steps are to be taken"""

@@ -104,6 +104,79 @@ lop3.b32 $2, both_a, 0x00040004, n, 0xca;
 
 
 @triton.constexpr_function
+def _keep_ptx(dtype, magnitude):
+    """Operands: x0 .. x3 where they are kept, else 0; x0 .. x3. Kept are those of `_choose_ptx`.
+
+    lop3: 0xf2 is a | ~b & c, 0xf1 is a | ~b & ~c, 0xce is b | ~a & c, 0xcd is b | ~a & ~c.
+    """
+    t, infinity = ("bf16x2", "0x7f807f80") if dtype == tl.bfloat16 else ("f16x2", "0x7c007c00")
+    keys = ""
+    for i in range(4):
+        source = f"${i + 4}"
+        if magnitude:
+            keys += f"abs.{t} k{i}, {source};\n"
+            source = f"k{i}"
+        keys += f"min.{t} k{i}, {source}, infinity;\n"
+    return f"""{{
+.reg .b32 k0, k1, k2, k3, large_a, large_b, small_a, small_b, first, second, both_a, both_b, keep, infinity;
+mov.b32 infinity, {infinity};
+{keys}
+max.{t} large_a, k0, k1;
+max.{t} large_b, k2, k3;
+min.{t} small_a, k0, k1;
+min.{t} small_b, k2, k3;
+set.ge.u32.{t} first, k0, k1;
+set.ge.u32.{t} second, k2, k3;
+set.ge.u32.{t} both_a, small_a, large_b;
+set.gt.u32.{t} both_b, small_b, large_a;
+lop3.b32 keep, both_a, both_b, first, 0xf2;
+and.b32 $0, $4, keep;
+lop3.b32 keep, both_a, both_b, first, 0xf1;
+and.b32 $1, $5, keep;
+lop3.b32 keep, both_a, both_b, second, 0xce;
+and.b32 $2, $6, keep;
+lop3.b32 keep, both_a, both_b, second, 0xcd;
+and.b32 $3, $7, keep;
+}}"""
+
+
+@triton.constexpr_function
+def _root_ptx():
+    """Operands: root, x >= 0 or NaN. Of 0 and infinity the first guess is NaN, and the root is x itself.
+
+    One step of Newton's from a guess right to 2^-22 leaves an error of 2^-44, and the roots of numbers of few bits are
+    not that near to the middle between two of float32: the result is the nearest.
+    """
+    return """{
+.reg .f32 y, g, h, e;
+.reg .pred none;
+rsqrt.approx.f32 y, $1;
+mul.f32 g, $1, y;
+mul.f32 h, y, 0f3f000000;
+neg.f32 e, g;
+fma.rn.f32 e, e, g, $1;
+fma.rn.f32 g, e, h, g;
+setp.nan.f32 none, g, g;
+selp.f32 $0, $1, g, none;
+}"""
+
+
+@triton.constexpr_function
+def _small_root_ptx():
+    """Operands: root, x: 0, at least 2^-9 and finite, or NaN. As above, but nothing is out of the range of a guess."""
+    return """{
+.reg .f32 y, g, h, e;
+max.f32 y, $1, 0f35800000;
+rsqrt.approx.ftz.f32 y, y;
+mul.f32 g, $1, y;
+mul.f32 h, y, 0f3f000000;
+neg.f32 e, g;
+fma.rn.f32 e, e, g, $1;
+fma.rn.f32 $0, e, h, g;
+}"""
+
+
+@triton.constexpr_function
 def _spread_ptx():
     """Operands: d0 .. d3; low, high, nibble. lop3: 0xea is a & b | c, 0x02 is ~a & ~b & c."""
     return f"""{{{_masks_ptx("$6")}
@@ -233,6 +306,43 @@ def choose(x0, x1, x2, x3, MAGNITUDE: tl.constexpr, PACKED: tl.constexpr):
         high = tl.where(both_a, x1, tl.where(both_b, x3, tl.where(second, x2, x3)))
         one_each = tl.where(first, 0, 1) + tl.where(second, 8, 12)
         return low, high, tl.where(both_a, 4, tl.where(both_b, 14, one_each))
+
+
+@triton.jit
+@no_type_check
+def kept(x0, x1, x2, x3, MAGNITUDE: tl.constexpr, PACKED: tl.constexpr):
+    """The four, but zeros for those that `choose` leaves out."""
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            _keep_ptx(x0.dtype, MAGNITUDE), "=r,=r,=r,=r,r,r,r,r", [x0, x1, x2, x3],
+            dtype=(x0.dtype, x0.dtype, x0.dtype, x0.dtype), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        low, high, nibble = choose(x0, x1, x2, x3, MAGNITUDE, False)
+        return spread(low, high, nibble, False)
+
+
+@triton.jit
+@no_type_check
+def root(x, SMALL: tl.constexpr, PACKED: tl.constexpr):
+    """The nearest float32 to the square root of x, float32 with no more bits than half precision has, >= 0 or NaN.
+
+    SMALL: x is 0, or finite and at least 2^-9.
+    """
+    if PACKED and SMALL:
+        return tl.inline_asm_elementwise(_small_root_ptx(), "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    elif PACKED:
+        return tl.inline_asm_elementwise(_root_ptx(), "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        # of most it is 0, whose root takes the slow way
+        return tl.where(x == 0, 0.0, tl.sqrt_rn(tl.where(x == 0, 1.0, x)))
+
+
+@triton.jit
+@no_type_check
+def in_columns(x0, x1, x2, x3, R: tl.constexpr, G: tl.constexpr):
+    """Four tensors [R, G] -> [R, 4G] in the order of the columns."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [R, 4 * G])
 
 
 @triton.jit

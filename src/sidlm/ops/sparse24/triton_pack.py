@@ -195,5 +195,6 @@ def pack_activation(
     if y1.numel():
         plan(y1, act, *((counts, totals) if count else (None, None)), layout, arch).run()
         if fp8 and count:
-            triton_features.plan_counts(act, counts, totals[1:], layout, arch).run()
+            triton_features.plan_features(act, counts, None, layout, arch).run()
+            torch.sum(counts, 0, dtype=torch.int32, out=totals[1])
     return act, counts, totals

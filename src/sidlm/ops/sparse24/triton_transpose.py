@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sidlm.ops.simplicial.prepare import Launch, target
+from sidlm.ops.sparse24 import triton_turn
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
 from sidlm.ops.sparse24.triton_features import largest_of_columns, largest_of_features
@@ -273,11 +274,16 @@ def transpose_pack(
     out = Packed(values, metadata, _scale(n, p.values, fp8))
     totals = torch.zeros(2, dtype=torch.int32, device=p.values.device)
     if values.numel():
+        arch = target(out.values.device)
         if fp8 and bits is None:
             bits = largest_of_features(p, layout)
         to = torch.full((F,), -1, dtype=torch.int32, device=features.device)
         to[features] = torch.arange(n, dtype=torch.int32, device=features.device)
-        plan_pack(p, to, perm, bits if fp8 else None, out, totals, by, layout, target(to.device)).run()
+        if fp8 and layout == "plain" and in_pairs(arch, torch.bfloat16):
+            assert bits is not None and out.scale is not None
+            triton_turn.plan(p, to, perm, bits, out.values, out.metadata, out.scale, totals, by, True).run()
+        else:
+            plan_pack(p, to, perm, bits if fp8 else None, out, totals, by, layout, arch).run()
     return out, totals
 
 
