@@ -27,10 +27,12 @@ from sidlm.ops.sparse24 import (
     triton_split,
     triton_thin,
     triton_transpose,
+    triton_turn,
 )
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
 from sidlm.ops.sparse24.recipe import Split
+from sidlm.ops.sparse24.triton_groups import in_pairs
 
 DENSE, MODEL = 1088, 4096
 """Dense features, columns of x"""
@@ -60,6 +62,10 @@ def launches(arch: str, T: int, F: int, dtype: torch.dtype, layout: str) -> Iter
         yield "dense" + suffix, triton_transpose.plan_dense(act, some, perm, known, dense, scale, layout)
         rows, scale = empty(MODEL, length, dtype=kind), empty(MODEL) if fp8 else None
         yield "rows" + suffix, triton_transpose.plan_rows(x, perm, known_x, rows, scale)
+        if fp8 and in_pairs(arch, torch.bfloat16):
+            for by in ("value", "magnitude"):
+                plan = triton_turn.plan(act, to, perm, bits, out.values, out.metadata, out.scale, totals, by, True)
+                yield f"turn_pack_{by}_fp8", plan
         if fp8:
             yield "features_fp8", triton_features.plan_features(act, counts, bits, layout, arch)
             yield "columns_fp8", triton_features.plan_columns(x, of_x)
@@ -83,6 +89,9 @@ def masked(
     thin = empty(F, T, dtype=kind) if fp8 else out
     for p, layout, name in ((act, "plain", "thin"), (whole, None, "thin_whole")):
         yield name + suffix, triton_thin.plan(p, every, perm, bits, thin, scale, totals, "magnitude", layout, arch)
+        if fp8 and in_pairs(arch, torch.bfloat16):
+            plan = triton_turn.plan(p, every, perm, bits, thin, None, scale, totals, "magnitude", layout is not None)
+            yield f"turn_{name}_fp8", plan
     if fp8:
         yield "features_whole_fp8", triton_features.plan_features(whole, counts, bits, None, arch)
 

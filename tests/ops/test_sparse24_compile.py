@@ -14,7 +14,9 @@ import pytest
 pytest.importorskip("triton")
 
 PORTABLE = ("pack", "gradient", "transpose_value", "dense", "rows")  # 16 bits: sm_80 has no e4m3, gfx942 another one
-FP8 = tuple(f"{name}_fp8" for name in (*PORTABLE, "counts", "largest", "columns"))
+MASKED = ("mask", "mask_gradient", "thin", "thin_whole", "split")
+FP8 = tuple(f"{name}_fp8" for name in (*PORTABLE, *MASKED[:-1], "features", "features_whole", "columns"))
+FP8 += ("turn_pack_value_fp8", "turn_pack_magnitude_fp8", "turn_thin_fp8", "turn_thin_whole_fp8")
 FEATURES = 21504
 # for two programs of 8 warps on a multiprocessor; float32 tiles to be turned form one, packing three of 8 or five of 4
 REGISTERS = {"sm_90": 128, "sm_100": 128, "sm_80": 255, "gfx942": 128}
@@ -27,11 +29,11 @@ def rows(tmp_path_factory):
     """The reports, by target and kernel."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     words = [
-        *("sm_90", "--features", str(FEATURES), "--kernel", *PORTABLE, *FP8, "--"),
+        *("sm_90", "--features", str(FEATURES), "--kernel", *PORTABLE, *MASKED, *FP8, "--"),
         *("sm_90", "--features", "9216", "--dtype", "float16", "--kernel", "pack_fp8", "transpose_magnitude", "--"),
         *("sm_90", "--features", "2304", "--layout", "cusparselt_8bit", "--kernel", "pack_fp8", "--"),
         *("sm_100", "--features", "2304", "--kernel", "pack_fp8", "transpose_value_fp8", "--"),
-        *("sm_80", "gfx942", "--features", "2304", "--kernel", *PORTABLE[:3]),
+        *("sm_80", "gfx942", "--features", "2304", "--kernel", *PORTABLE[:3], *MASKED),
     ]
     program = [sys.executable, str(Path(__file__).with_name("compile_sparse24.py")), *words]
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
@@ -52,9 +54,9 @@ def test_they_fit(rows):
 
 
 def test_targets_and_kernels(rows):
-    assert set(of(rows, "sm_90", FEATURES)) == {*PORTABLE, *FP8}
-    assert set(of(rows, "sm_80", 2304)) == set(of(rows, "gfx942", 2304)) == set(PORTABLE[:3])
-    assert len(of(rows, "sm_100", 2304)) == 2 and len(rows) == 24
+    assert set(of(rows, "sm_90", FEATURES)) == {*PORTABLE, *MASKED, *FP8}
+    assert set(of(rows, "sm_80", 2304)) == set(of(rows, "gfx942", 2304)) == {*PORTABLE[:3], *MASKED}
+    assert len(of(rows, "sm_100", 2304)) == 2 and len(rows) == len({*PORTABLE, *MASKED, *FP8}) + 3 + 2 + 2 * 8
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,17 @@ from sidlm.ops.sparse24.packed import unpack
 
 pytest.importorskip("triton")
 
-from sidlm.ops.sparse24 import triton_features, triton_gradient, triton_pack, triton_transpose
+from sidlm.ops.sparse24 import (
+    recipe,
+    triton_features,
+    triton_gradient,
+    triton_masked,
+    triton_pack,
+    triton_split,
+    triton_thin,
+    triton_transpose,
+)
+from sidlm.ops.sparse24.products import dense_values
 
 pytestmark = pytest.mark.gpu
 SIZES = [(512, 2304), (1000, 9216), (130, 21504), (7, 43008)]
@@ -29,6 +39,16 @@ def active(T, F, dtype, seed=0):
     often = torch.rand(F, generator=torch.Generator().manual_seed(seed + 1)) ** 4 * 3 - 1.6
     size = 4.0 ** torch.randn(T, 1, generator=torch.Generator().manual_seed(seed + 2))
     return ((y1 + often) * size).to(dtype).cuda(), (dy2 * 1e-3).to(dtype).cuda()
+
+
+def same_features(mine, expected, name):
+    """Of features that are not finite e4m3 says no more than that: their scale is NaN."""
+    (p, _), (want, _) = mine, expected
+    if want.scale is None or want.scale.isfinite().all():
+        return same(mine, expected, name)
+    good = want.scale.isfinite()
+    assert torch.equal(p.scale.isfinite(), good) and p.values[~good].float().isnan().all()
+    same(*(tuple(x[good] for x in q) for q in (p, want)), name)
 
 
 def check(y1, dy2, fp8, layout="plain", length=None):
@@ -54,7 +74,7 @@ def check(y1, dy2, fp8, layout="plain", length=None):
     for p, by in ((act, "value"), (dact, "magnitude")):
         args = (sparse, perm, length, by, fp8)
         mine, totals = triton_transpose.transpose_pack(laid(p), *args, layout)
-        same((plain(mine), totals), transposed(p, *args), f"transpose by {by}")
+        same_features((plain(mine), totals), transposed(p, *args), f"transpose by {by}")
         x = columns(unpack(p), dense, perm, length)
         mine = triton_transpose.transpose_dense(laid(p), dense, perm, length, fp8, layout)
         same(mine, rounded(x, x.dtype, fp8), "dense")
@@ -127,3 +147,55 @@ def test_more_than_2_31_elements(fp8):
     flipped = torch.arange(7, -1, -1).cuda()
     expected, _ = triton_transpose.transpose_pack(small[0], features, flipped, 8, "value", fp8)
     assert torch.equal(packed.values[:, :4].float(), expected.values.float())
+
+
+def check_masked(y1, dy2, fp8):
+    """What runs for few tokens: nothing packed, or packed and the weights' gradients dense."""
+    T = len(y1)
+    act, counts, _ = activation(y1, fp8)
+    dact = gradient(dy2, act, fp8)
+    dense_act, dense_dact = (dense_values(p) for p in (act, dact))
+    out, scale, found, _ = triton_masked.activation(y1.clone(), fp8)
+    assert torch.equal(out.float(), dense_act.float()) and (not fp8 or torch.equal(scale, act.scale))
+    assert fp8 or torch.equal(found, counts)
+    out, scale = triton_masked.gradient(dy2.clone(), dense_act, act.scale)
+    assert torch.equal(out.float(), dense_dact.float()) and (not fp8 or torch.equal(scale, dact.scale))
+    split = triton_split.split(counts, 0.05, T)
+    for mine, theirs in zip(split[:2], recipe.split(counts, 0.05)[:2], strict=True):
+        assert torch.equal(mine, theirs)
+    perm = torch.randperm(T, generator=torch.Generator().manual_seed(1)).cuda()
+    length = -(-T // 16) * 16
+    none = torch.empty(0, 0, dtype=torch.uint8, device="cuda")
+    for p, dense, by in ((act, dense_act, "value"), (dact, dense_dact, "magnitude")):
+        want, totals = transposed(p, split.sparse, perm, length, by, fp8)
+        rest, rest_scale = rounded(columns(unpack(p), split.dense, perm, length), y1.dtype, fp8)
+        for given, layout in ((p, "plain"), (p._replace(values=dense, metadata=none), None)):
+            bits = None
+            if fp8:
+                found, bits = triton_features.of_features(given, layout, count=by == "value")
+                assert by == "magnitude" or torch.equal(found, counts)
+            out, scale, found = triton_thin.thinned(given, split.is_dense, perm, by, layout, bits)
+            assert torch.equal(found, totals)
+            kept = unpack(want._replace(values=want.values.float(), scale=None))
+            if fp8:
+                assert torch.equal(scale[split.sparse], want.scale) and torch.equal(scale[split.dense], rest_scale)
+                assert torch.equal(out[split.dense].float(), rest.float())
+                assert torch.equal(out[split.sparse].float(), kept)
+            else:
+                turned = out[perm].T.float()
+                assert torch.equal(turned[split.sparse], kept[:, :T])
+                assert torch.equal(turned[split.dense], rest[:, :T].float())
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "F"), [(512, 2304), (1000, 9216), (130, 21504), (3, 200)])
+def test_masked(T, F, dtype, fp8):
+    check_masked(*active(T, F, dtype), fp8)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_masked_in_the_portable_form(monkeypatch, fp8):
+    for module in (triton_masked, triton_features, triton_thin):
+        monkeypatch.setattr(module, "in_pairs", lambda arch, dtype: False)
+    check_masked(*active(300, 2304, torch.bfloat16, seed=5), fp8)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from sidlm.ops import squared_relu_ffn
-from sidlm.ops.sparse24 import algorithms, backends, cusparselt, eager, gpu, hopper_product, products
+from sidlm.ops.sparse24 import algorithms, backends, crossover, cusparselt, eager, gpu, hopper_product, products
 from sidlm.ops.sparse24.packed import Packed, pack, unpack
 from sidlm.ops.sparse24.quantize import FP8, quantize_rows
 from sidlm.ops.sparse24.select import select_2to4
@@ -190,6 +190,26 @@ def test_half_precision(device):
     inputs, grad = layer(256, 512, 128, 128, device, FP16)
     for name, a, b in zip(NAMES, *(run(inputs, grad, impl=impl) for impl in ("triton", "eager")), strict=True):
         assert relative(a, b) < 0.01, name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("crossovers", [(0, 1 << 62), (1 << 62, 1 << 62)], ids=["weights dense", "unpacked"])
+@pytest.mark.parametrize("tokens, features", [(1000, 2048), (4096, 4096)])
+def test_op_below_the_crossovers(precision, crossovers, tokens, features, device, monkeypatch):
+    """The function does not change with what is packed for it."""
+    name = torch.cuda.get_device_name(device)
+    table = tuple(crossover.Crossover(name, fp8, features, 256, *crossovers) for fp8 in (False, True))
+    monkeypatch.setattr(crossover, "TABLE", table)
+    monkeypatch.setenv("SID_IMPL", "")
+    for cached in (gpu._preferred, backends._choose):
+        cached.cache_clear()
+    inputs, grad = layer(tokens, features, 256, 320, device)
+    mine, eager = (run(inputs, grad, precision=precision, impl=impl) for impl in ("triton", "eager"))
+    for what, a, b in zip(NAMES, mine, eager, strict=True):
+        assert a.stride() == b.stride(), what
+        assert relative(a, b) < (0.025 if precision == "fp8" else 0.01), (what, relative(a, b))
+    for cached in (gpu._preferred, backends._choose):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 
-from ops.sparse24_interpreter import poison_memory, use_casts_of_torch
+from ops.sparse24_interpreter import poison_memory, run_ptx, use_casts_of_torch
 from ops.sparse24_oracle import activation, columns, gradient, rounded, same, special, tensors, transposed
 from sidlm.ops import squared_relu_ffn
 from sidlm.ops.sparse24 import api, backends, crossover, recipe
@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime import interpreter
 
-from sidlm.ops.sparse24 import gpu, triton_features, triton_masked, triton_split, triton_thin
+from sidlm.ops.sparse24 import gpu, triton_features, triton_masked, triton_split, triton_thin, triton_transpose
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on the way to a masked value
 NONE = torch.empty(0, 0, dtype=torch.uint8)
@@ -230,3 +230,39 @@ def test_shapes_are_asked_for_of_fake_tensors_without_trying_a_backend_on_them(h
         few, many = (gpu.empty_packed(T, 128, torch.float16, torch.device("cpu"), False) for T in (37, 370))
     assert few.values.shape == (37, 128) and many.values.shape == (384, 72)
     assert len(tried) == 1 and not isinstance(tried[0], FakeTensor)
+
+
+# what sm_90 runs for e4m3, its PTX by numpy
+
+
+def same_but_for_signs_of_zeros(mine, expected):
+    assert torch.equal(mine.float() + 0.0, expected.float() + 0.0)
+
+
+@pytest.mark.parametrize(("T", "F"), [(40, 72), (257, 200)])
+def test_by_words(T, F, monkeypatch):
+    run_ptx(monkeypatch, interpreter)
+    for module in (triton_features, triton_thin, triton_transpose):
+        monkeypatch.setattr(module, "in_pairs", lambda arch, dtype: True)
+    y1, dy2 = tensors(T, F, torch.float32, seed=2)
+    y1 *= torch.exp2(torch.arange(T) % 7 - 3.0)[:, None]
+    act, counts, _ = activation(y1, True)
+    dact = gradient(dy2, act, True)
+    make = torch.Generator().manual_seed(1)
+    perm, order = torch.randperm(T, generator=make), torch.randperm(F, generator=make)
+    sparse, dense = order[: F - F // 4].sort().values, order[F - F // 4 :].sort().values
+    is_dense = torch.zeros(F, dtype=torch.uint8).index_fill_(0, dense, 1)
+    for p, by in ((act, "value"), (dact, "magnitude")):
+        found, bits = triton_features.of_features(p, count=by == "value")
+        assert torch.equal(bits.view(torch.float32), unpack(p).abs().amax(0))
+        assert by == "magnitude" or torch.equal(found, counts)
+        length = -(-T // 16) * 16
+        want, totals = transposed(p, sparse, perm, length, by, True)
+        mine, found = triton_transpose.transpose_pack(p, sparse, perm, length, by, True, bits=bits)
+        same((mine, found), (want, totals))
+        whole_columns, scale = rounded(columns(unpack(p), dense, perm, length), torch.float32, True)
+        for given, layout in ((p, "plain"), (whole(p), None)):
+            out, scales, found = triton_thin.thinned(given, is_dense, perm, by, layout, bits)
+            same_but_for_signs_of_zeros(out[dense], whole_columns)
+            same_but_for_signs_of_zeros(out[sparse], unpack(want._replace(values=want.values.float(), scale=None)))
+            same((scales[dense], scales[sparse], found), (scale, want.scale, totals))

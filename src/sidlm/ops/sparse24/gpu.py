@@ -310,11 +310,9 @@ def weight_gradient(
 
 
 def pack_up(x: Tensor, w_up: Tensor, fp8: bool, count: bool) -> tuple[Packed, Tensor] | None:
-    if fp8 or not hopper_product.packs(x, w_up):
-        return None
     tokens, features = len(x), len(w_up)
     backend = _backend(x.dtype, x.device, tokens, features)
-    if backend == "dense":
+    if fp8 or backend == "dense" or not hopper_product.packs(x, w_up):
         return None
     values, tiled = _piece(_up(tokens), features, x.dtype, x.device)
     metadata = _in_place(tiled, tokens, backend, x.dtype)
