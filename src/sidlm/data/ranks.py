@@ -73,7 +73,7 @@ def backend_of_ranks(tokens: list[bytes], pattern: str) -> Backend:
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    letter = _letters()
+    letter = byte_letters()
     written = {token: "".join(letter[byte] for byte in token) for token in tokens}
     model = models.BPE(
         vocab={written[token]: rank for rank, token in enumerate(tokens)},
@@ -88,7 +88,7 @@ def backend_of_ranks(tokens: list[bytes], pattern: str) -> Backend:
     return backend
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The character that stands for each byte in byte-level BPE: itself if it is printable, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
