@@ -1,4 +1,4 @@
-"""The one arrow: cli -> serve -> {train, post, evaluate, scaling} -> {data, parallel, models} -> nn -> ops -> errors."""
+"""The one arrow: cli -> serve -> {train, post, evaluate, scaling} -> {data, parallel, models} -> nn -> ops."""
 
 import ast
 from pathlib import Path

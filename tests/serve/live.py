@@ -13,10 +13,10 @@ from sidlm.serve.config import ServeConfig
 
 
 @contextlib.contextmanager
-def serving(model, tokenizer, **config):
+def serving(model, tokenizer, *, grace=5, **config):
     """Gives the server's address while it runs."""
     app = create_app(model, tokenizer, ServeConfig(**({"name": "tiny", "max_new_tokens": 64} | config)))
-    settings = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5)
+    settings = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=grace)
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -39,13 +39,8 @@ def test_no_part_of_a_call_is_shown(text):
 
 def test_text_is_shown_at_once():
     reader = CallReader(["f"])
-    assert [reader.feed(piece) for piece in ("a", "b <", "c", ' <function=f>{"x"', ": 1}")] == [
-        "a",
-        "b ",
-        "<c",
-        " ",
-        "",
-    ]
+    shown = map(reader.feed, ("a", "b <", "c", ' <function=f>{"x"', ": 1}"))
+    assert list(shown) == ["a", "b ", "<c", " ", ""]
     assert reader.end()[1] == (ToolCall(name="f", arguments={"x": 1}),)
 
 

@@ -213,6 +213,7 @@ def test_models(client):
 
 
 USER = {"role": "user", "content": "x"}
+LONG = {"role": "user", "content": "ж" * 490}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}
 
 
@@ -221,13 +222,13 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type":
     [
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "pope", "content": "x"}]}, "messages.0.role", "'system', 'developer'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content", ""),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", ""),
         ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages.0.name", "unsupported field"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "without content"),
         ({"messages": [USER, {"role": "tool", "tool_call_id": "1", "content": "x"}]}, "messages.1.tool_call_id", "'1'"),
         ({"messages": [{"role": "user", "content": "x" * 1100}]}, "messages", "the model's context holds 1024"),
         ({"max_tokens": 65}, "max_tokens", "65 tokens asked for, this server allows 64"),
-        ({"messages": [{"role": "user", "content": "ж" * 490}], "max_tokens": 60}, "max_tokens", "model's 1024 positions"),
+        ({"messages": [LONG], "max_tokens": 60}, "max_tokens", "model's 1024 positions"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, "temperature", "valid number"),
@@ -260,7 +261,8 @@ def test_what_cannot_be_honoured_is_refused_by_name(client, options, param, mess
 
 def test_completions_refuse_by_name(client):
     for options, param in (
-        ({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 2}, "best_of"), ({"logprobs": 21}, "logprobs"),
+        ({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 2}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
         ({"prompt": [400]}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["x"] * 9}, "prompt"),
         ({"prompt": "x" * 1100}, "prompt"),
     ):  # fmt: skip

@@ -20,7 +20,7 @@ from sidlm.serve import metrics as prometheus
 from sidlm.serve import schema
 from sidlm.serve.answers import CallReader, Writer, event, tool_calls
 from sidlm.serve.config import ServeConfig
-from sidlm.serve.engine import Busy, Engine, Job, OutOfTime
+from sidlm.serve.engine import Busy, Closing, Engine, Job, OutOfTime
 from sidlm.serve.errors import ApiError, bad
 from sidlm.serve.gate import Gate
 from sidlm.serve.requests import Translator
@@ -106,8 +106,10 @@ def _add_routes(app: FastAPI, api: "Api", metrics: prometheus.Metrics) -> None:
     known = app.openapi
 
     def openapi() -> dict[str, Any]:
-        # FastAPI announces its own answer to bad requests, which is not given here
+        # FastAPI announces its own answer to bad requests, which is not given here, and does not know the model's name
         document = known()
+        for request in ("ChatRequest", "CompletionRequest"):
+            document["components"]["schemas"][request]["properties"]["model"]["enum"] = [api.config.name]
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
@@ -127,16 +129,12 @@ def _add_errors(app: FastAPI) -> None:
         return answer(error)
 
     @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy) -> Response:
-        return answer(ApiError(429, str(error), code="queue_full"), {"Retry-After": "1"})
-
+    @app.exception_handler(Closing)
     @app.exception_handler(OutOfTime)
-    async def out_of_time(_: Request, error: OutOfTime) -> Response:
-        return answer(ApiError(503, str(error), code="timeout"))
-
     @app.exception_handler(SidError)
-    async def mistake(_: Request, error: SidError) -> Response:
-        return answer(ApiError(400, str(error)))
+    async def engine_error(_: Request, error: Exception) -> Response:
+        said = _said(error)
+        return answer(said, {"Retry-After": "1"} if said.status == 429 else None)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -154,6 +152,15 @@ def _add_errors(app: FastAPI) -> None:
     async def fault(_: Request, error: Exception) -> Response:
         # the traceback goes to the log; it is nothing for a client
         return answer(ApiError(500, "internal error"))
+
+
+def _said(error: Exception) -> ApiError:
+    """An error of the engine as one of the API."""
+    if isinstance(error, Busy):
+        return ApiError(429, str(error), code="queue_full")
+    if isinstance(error, (Closing, OutOfTime)):
+        return ApiError(503, str(error), code="timeout" if isinstance(error, OutOfTime) else "closing")
+    return ApiError(400, clean(str(error)))
 
 
 class Api:
@@ -219,8 +226,8 @@ class Api:
             if usage:
                 yield writer.chunk(None, usage=True)
             yield "data: [DONE]\n\n"
-        except (Busy, OutOfTime, SidError) as error:  # the status has been sent
-            yield event(ApiError(503 if not isinstance(error, SidError) else 400, clean(str(error))).body())
+        except (Busy, Closing, OutOfTime, SidError) as error:  # the status has been sent
+            yield event(_said(error).body())
 
     async def _stream_text(self, writer: Writer, index: int, job: Job, _: Any) -> AsyncIterator[dict[str, Any]]:
         offset = 0
@@ -258,7 +265,7 @@ class Api:
 def _nth(job: Job, index: int) -> Job:
     """The same job with draws and a grammar of its own."""
     seed = job.sampling.seed
-    sampling = job.sampling if seed is None else replace(job.sampling, seed=(seed + index) % 2**63)
+    sampling = job.sampling if seed is None else replace(job.sampling, seed=seed + index)
     return replace(job, sampling=sampling, grammar=job.grammar.copy() if job.grammar else None)
 
 

@@ -23,7 +23,7 @@ class ServeConfig:
     max_queue: int = 64
     """requests that may wait; one more is answered with 429"""
     request_seconds: float = 600.0
-    """time for one choice, waiting included; then it ends with finish_reason "length", before its first token with 503"""
+    """time for one choice, waiting included; then it ends as "length", or with 503 before its first token"""
     shutdown_seconds: float = 10.0
     """time that requests get to end when the server is told to stop"""
     tool_format: str = "json"

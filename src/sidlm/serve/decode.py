@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 from sidlm.errors import SidError
 
 if TYPE_CHECKING:
+    from sidlm.data.tokenizer import Tokenizer
     from sidlm.models.modeling import SidForCausalLM
     from sidlm.serve.grammar import Grammar
 
@@ -113,6 +114,13 @@ def decode(
         if chosen.finish:
             return
         new = torch.tensor([[chosen.id]], device=device)
+
+
+def end_ids(model: "SidForCausalLM", tokenizer: "Tokenizer") -> tuple[int, ...]:
+    """What ends a text: the tokenizer's end of text, and the ends that the model's generation config names."""
+    ends: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return tuple(dict.fromkeys((tokenizer.eos_id, *(i for i in named if 0 <= i < tokenizer.vocab_size))))
 
 
 def check_prompt(model: "SidForCausalLM", prompt: Sequence[int], max_new_tokens: int) -> None:

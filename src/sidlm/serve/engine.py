@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class Busy(Exception):
-    """The queue is full, or the server is going down."""
+    """The queue is full."""
+
+
+class Closing(Exception):
+    """The server is going down."""
 
 
 class OutOfTime(Exception):
@@ -77,16 +81,17 @@ class Engine:
         return max(len(self._stops) - self.running, 0)
 
     def check_room(self) -> None:
-        """Raise Busy unless one more request may wait."""
+        """Raise Busy or Closing unless one more request may wait."""
         if self.closed:
-            raise Busy("the server is shutting down")
+            raise Closing("the server is shutting down")
         if len(self._stops) > self.max_queue:
             raise Busy(f"{self.waiting} requests wait already, {self.max_queue} may")
 
     async def run(self, job: Job) -> AsyncIterator[Piece]:
         """The job's text piece by piece, the last one with its finish reason.
 
-        Whoever stops listening stops the work, too, at the next token. Raises Busy, OutOfTime, or what decode raises.
+        Whoever stops listening stops the work, too, at the next token.
+        Raises Busy, Closing, OutOfTime, or what decode raises.
         """
         self.check_room()
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
@@ -104,7 +109,7 @@ class Engine:
         def done(future: Future) -> None:
             self._stops.discard(stop)
             if future.cancelled():  # it never had its turn
-                give(Busy("the server is shutting down"))
+                give(Closing("the server is shutting down"))
 
         future.add_done_callback(done)
         ended = False
@@ -157,7 +162,7 @@ class Engine:
             if finish:
                 return
         if stop.is_set():  # nobody listens, or all are told to go
-            raise Busy("the server is shutting down")
+            raise Closing("the server is shutting down")
         if first:
             raise OutOfTime(f"no token within {job.seconds:g} seconds")
         give(Piece(text=stops.feed(text.end()) + stops.end(), chosen=(), finish="length"))

@@ -9,7 +9,7 @@ from sidlm.errors import SidError
 from sidlm.post.chat import ChatFormat, Message, message_of, with_tools
 from sidlm.serve import schema
 from sidlm.serve.config import ServeConfig
-from sidlm.serve.decode import Sampling
+from sidlm.serve.decode import Sampling, end_ids
 from sidlm.serve.engine import Job
 from sidlm.serve.errors import ApiError, bad
 from sidlm.serve.grammar import Grammar, GrammarCompiler
@@ -26,6 +26,7 @@ class Translator:
         self.config = config
         self.positions: int = model.config.max_position_embeddings
         self.vocab_size: int = min(model.config.vocab_size, tokenizer.vocab_size)
+        self._ends = end_ids(model, tokenizer)
         self.chat = self._optional(lambda: ChatFormat(tokenizer, tool_format=config.tool_format))
         self._grammars = self._optional(lambda: GrammarCompiler(tokenizer))
 
@@ -78,7 +79,7 @@ class Translator:
                 Job(
                     prompt=prompt,
                     sampling=replace(sampling, top_logprobs=request.logprobs),
-                    stop_ids=(self.tokenizer.eos_id,),
+                    stop_ids=self._ends,
                     stop=_stops(request),
                     seconds=self.config.request_seconds,
                 )
