@@ -40,7 +40,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (503, "the server is going down, or had no time for the request"),
     )
 }
-_ANSWER = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_ANSWER = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _EVENT}}
 _STREAMED = {200: {"description": "the answer, or its chunks as server-sent events", "content": _ANSWER}}
 
 

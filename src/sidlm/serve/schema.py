@@ -6,7 +6,7 @@ known to clients and has one value that changes nothing (``store: false``) may h
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
@@ -20,6 +20,16 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _only_false(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
+
+
+# no Literal[False]: to Python, 0 would be one
+Never = Annotated[bool, AfterValidator(_only_false), WithJsonSchema({"const": False, "type": "boolean"})]
 
 
 class Strict(BaseModel):
@@ -89,7 +99,7 @@ class ResponseFormat(Strict):
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Never = False
 
 
 class Common(Strict):
@@ -125,7 +135,7 @@ class ChatRequest(Common):
     parallel_tool_calls: bool | None = Field(None, description="false needs a tool_choice that forces a call")
     response_format: ResponseFormat | None = None
     # one value of each changes nothing
-    store: Literal[False] | None = None
+    store: Never | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
 
@@ -133,8 +143,8 @@ class ChatRequest(Common):
 class CompletionRequest(Common):
     prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: Never | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
 
 class ErrorDetail(BaseModel):
