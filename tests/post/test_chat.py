@@ -1,6 +1,7 @@
 """The chat format against Meta's reference (package llama-models), and what the reference cannot say."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,39 @@ def test_tools_go_into_the_system_message(tokenizer):
     assert alone.role == "system" and json.loads(alone.content.splitlines()[-1]) == tool["function"]
     assert both.content == f"{alone.content}\nBe kind."
     assert with_tools([Message(role="user")], []) == [Message(role="user")]
+
+
+def documented():
+    """(prompt, response) of each example in Meta's description of the format."""
+    package = pytest.importorskip("llama_models")
+    text = (Path(package.__file__).parent / "llama3_1" / "prompt_format.md").read_text()
+    blocks = re.findall(r"##### (Input Prompt|Model Response) Format\n```\n(.*?)\n?```\n", text, flags=re.DOTALL)
+    pairs = [(a[1], b[1]) for a, b in zip(blocks[::2], blocks[1::2], strict=True)]
+    assert [kind for kind, _ in blocks] == ["Input Prompt", "Model Response"] * len(pairs)
+    return [pair for pair in pairs if "<|start_header_id|>" in pair[0]]
+
+
+MESSAGES = re.compile(
+    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(<\|python_tag\|>)?(.*?)<\|(eot|eom)_id\|>", re.DOTALL
+)
+
+
+def test_the_examples_of_the_documentation(tokenizer):
+    chat, examples = ChatFormat(tokenizer), documented()
+    assert len(examples) >= 6
+    calls = []
+    for prompt, response in examples:
+        messages = [
+            Message(role=role, content=content, python_tag=bool(tag), end=end)
+            for role, tag, content, end in MESSAGES.findall(prompt)
+        ]
+        assert tokenizer.decode(chat.encode(messages)).rstrip("\n") == prompt.rstrip("\n")
+        tag = response.startswith("<|python_tag|>")
+        body, _, end = response.removeprefix("<|python_tag|>").rpartition("<|")
+        ids = [tokenizer.special_ids["<|python_tag|>"]] * tag + tokenizer.encode(body)
+        answer = chat.parse([*ids, tokenizer.special_ids[f"<|{end}"]])
+        assert answer.end == end[:3] and bool(answer.content) != bool(answer.tool_calls)
+        calls += [(call.name, dict(call.arguments)) for call in answer.tool_calls]
+    assert ("brave_search", {"query": "latest price of 1oz gold"}) in calls
+    assert ("trending_songs", {"n": "10", "genre": "all"}) in calls and ("trending_songs", {"n": 10}) in calls
+    assert any(name == "code_interpreter" and "is_prime(7)" in given["code"] for name, given in calls)

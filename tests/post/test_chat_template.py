@@ -106,3 +106,19 @@ def test_a_template_of_the_folder_is_kept(tokenizer, tmp_path):
     again.save(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "{{ 'own' }}"
     assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_a_normalizer_of_the_tokenizer_is_kept(tmp_path):
+    from tokenizers import normalizers
+
+    from sidlm.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["abc é"], 300, num_special=16)
+    tokenizer.backend.normalizer = normalizers.NFD()
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.encode("é") == tokenizer.encode("é") == tokenizer.encode("e\u0301")
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("é", add_special_tokens=False).input_ids == tokenizer.encode("é")
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
