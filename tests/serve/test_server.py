@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from serve.live import serving
+from sidlm.serve import engine
 
 
 class Server:
@@ -213,6 +214,22 @@ def test_stopping_the_server_ends_what_runs(model, tokenizer):
         thread.join(20)
         assert not thread.is_alive()
     assert sum("[DONE]" in text for text in received) < 3
+
+
+def test_a_fault_is_one_requests(server, monkeypatch):
+    """Something broke inside: 500 without a word of it, or an error in the stream; the next request is served."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("secret")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "decode", broken)
+        status, answer, _ = server.complete()
+        assert status == 500 and answer["error"]["message"] == "internal error"
+        with contextlib.suppress(http.client.IncompleteRead):
+            status, text, _ = server.complete(stream=True)
+            assert status == 200 and "internal error" in text and "secret" not in text
 
 
 def test_metrics_are_prometheus_text(server):

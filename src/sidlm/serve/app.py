@@ -229,6 +229,9 @@ class Api:
             yield "data: [DONE]\n\n"
         except (Busy, Closing, OutOfTime, SidError) as error:  # the status has been sent
             yield event(_said(error).body())
+        except Exception:
+            yield event(ApiError(500, "internal error").body())
+            raise  # to the log
 
     async def _stream_text(self, writer: Writer, index: int, job: Job, _: Any) -> AsyncIterator[dict[str, Any]]:
         offset = 0
