@@ -155,9 +155,9 @@ class Engine:
                 first = False
             self.metrics.add("sid_generated_tokens_total")
             shown = stops.feed(text.feed((chosen.id,)))
-            finish = "stop" if stops.stopped else chosen.finish
-            if finish:
+            if chosen.finish:
                 shown += stops.feed(text.end()) + stops.end()
+            finish = "stop" if stops.stopped else chosen.finish
             give(Piece(text=shown, chosen=(chosen,), finish=finish))
             if finish:
                 return
