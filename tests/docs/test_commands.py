@@ -32,6 +32,7 @@ NOT_RUN = {
     "make": "continuous integration runs the targets themselves",
     "sid demo": "trains for minutes; tests/cli/test_demo.py runs it with fewer steps",
     "sid chat": "reads from a terminal; tests/cli/test_chat.py drives it",
+    "sid serve": "runs until it is stopped; tests/cli/test_serve.py starts and stops it",
     "pytest": "this very suite",
     "ruff": "continuous integration runs it",
     "pyright": "continuous integration runs it",
