@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sidlm.data.tokenizer import train_tokenizer
 from sidlm.models import SidConfig, SidForCausalLM
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}<|eot_id|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-WORDS = "red green blue small big old new cat dog bird tree house river road".split()
+WORDS = ["red", "green", "blue", "small", "big", "old", "new", "cat", "dog", "bird", "tree", "house", "river", "road"]
 
 
 def open_model(folder: str | None, seed: int = 0) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -113,4 +113,3 @@ def toy_preferences(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-

@@ -1,4 +1,4 @@
-"""Reinforcement learning with GRPO: the model answers, answers are scored, better ones than their group's become likelier.
+"""Reinforcement learning with GRPO: answers are scored, those better than their group's mean become likelier.
 
     python examples/grpo.py --model runs/sft --data chats.jsonl --reward runs/reward --out runs/grpo
 

@@ -58,9 +58,7 @@ def main(settings: Settings) -> SFTTrainer:
         seed=settings.seed,
         **on_this_machine(),
     )
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(chats), processing_class=tokenizer
-    )
+    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(chats), processing_class=tokenizer)
     trainer.train()
     print(first_and_last(trainer))
     save(trainer.model, tokenizer, settings.out)

@@ -1,4 +1,4 @@
-"""Each script trains a Sid model with a 2-simplicial layer and squared ReLU for a few steps; what it trains on improves."""
+"""Each script improves a Sid model with a 2-simplicial layer and squared ReLU in a few steps."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ def trainer_of(common, tmp_path):
     def build(**config):
         model, tokenizer = common.toy_model(0)
         args = SFTConfig(
-            str(tmp_path), max_length=128, per_device_train_batch_size=64, gradient_checkpointing=False,
-            assistant_only_loss=True, **config, **common.on_this_machine(),
+            str(tmp_path), per_device_train_batch_size=64, gradient_checkpointing=False, assistant_only_loss=True,
+            **{"max_length": 128} | config, **common.on_this_machine(),
         )  # fmt: skip
         data = Dataset.from_list(common.toy_chats(COUNT))
         return SFTTrainer(model=model.double(), args=args, train_dataset=data, processing_class=tokenizer)
@@ -40,10 +40,13 @@ def separate(model, rows):
 
 def loss_of(trainer, batch):
     with torch.no_grad():
-        return trainer.compute_loss(trainer.model, {k: v for k, v in batch.items()}).item()
+        return trainer.compute_loss(trainer.model, dict(batch)).item()
 
 
-@pytest.mark.parametrize("config", [{"packing": True}, {"packing": True, "pad_to_multiple_of": 64}, {"padding_free": True}])
+@pytest.mark.parametrize(
+    "config",
+    [{"packing": True}, {"packing": True, "pad_to_multiple_of": 64}, {"padding_free": True, "max_length": None}],
+)
 def test_packed_is_separate(trainer_of, config):
     alone = trainer_of()
     want = separate(alone.model, alone.train_dataset)
@@ -57,7 +60,8 @@ def test_packed_is_separate(trainer_of, config):
     ones = torch.ones_like(batch["input_ids"])
     assert loss_of(trainer, {**batch, "attention_mask": ones}) == pytest.approx(got, rel=1e-9)
     # without the restarts of positions they are joined, and the loss is another one
-    joined = {k: v for k, v in batch.items() if k in ("input_ids", "labels")}
+    growing = torch.arange(batch["input_ids"].shape[1])[None]
+    joined = {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": growing}
     assert abs(loss_of(trainer, joined) - want) > 1e-4
 
 

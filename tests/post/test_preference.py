@@ -29,7 +29,7 @@ PAIRS = [
         "chosen": [say("assistant", "red"), say("user", "more"), say("assistant", "cat, red cat.")],
         "rejected": [say("assistant", "No dog!")],
     },
-    {"prompt": [say("user", "Say tree")], "chosen": [say("assistant", "tree")], "rejected": [say("assistant", "a big")]},
+    {"prompt": [say("user", "Say red")], "chosen": [say("assistant", "red")], "rejected": [say("assistant", "a big")]},
     {"prompt": [say("user", "Say")], "chosen": [say("assistant", "old road")], "rejected": [say("assistant", "new")]},
 ]
 
@@ -101,7 +101,8 @@ def test_the_loss_is_the_formulas(trainer_of):
     assert loss.item() == pytest.approx(want, rel=2e-6)
     assert trainer._metrics["train"]["nll_loss"] == [pytest.approx(nll, rel=2e-6)]
     # the mask and the mean over responses matter on these pairs
-    other = trainer_of(trainer=Llama3DPOTrainer.__base__, config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, WEIGHT]})  # fmt: skip
+    trls = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, WEIGHT]}
+    other = trainer_of(trainer=Llama3DPOTrainer.__base__, config=trls)
     with torch.no_grad():
         assert abs(other.compute_loss(other.model, batch).item() - want) > 1e-3
 
@@ -165,7 +166,8 @@ def test_evaluation_logs_its_own_likelihood(trainer_of):
     trainer = trainer_of()
     found = trainer.evaluate(trainer.train_dataset)
     want, nll = by_hand(trainer, batch_of(trainer))
-    assert found["eval_nll_loss"] == pytest.approx(nll, rel=2e-6) and found["eval_loss"] == pytest.approx(want, rel=2e-6)
+    assert found["eval_nll_loss"] == pytest.approx(nll, rel=2e-6)
+    assert found["eval_loss"] == pytest.approx(want, rel=2e-6)
 
 
 def test_settings_that_do_not_fit(trainer_of):
@@ -181,7 +183,8 @@ def test_formatting_mask(common):
     ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
     left = tokenizer.decode(ids[0][~formatting_mask(ids, tokenizer)[0]])
     assert left == "\n\nred\n\ncat"
-    start, end, eot = (tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("start_header_id", "end_header_id", "eot_id"))
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    start, end, eot = tokenizer.convert_tokens_to_ids(names)
     rows = torch.tensor([[5, start, 6, 7], [5, end, 6, eot], [start, 6, end, 7], [start, 6, start, end]])
     want = torch.tensor([[0, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     assert torch.equal(formatting_mask(rows, tokenizer), want)
