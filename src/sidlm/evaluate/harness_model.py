@@ -1,0 +1,43 @@
+"""The harness's view of a model; imports lm_eval, which `sidlm.evaluate.harness` does only when asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from sidlm.errors import SidError
+
+
+class HarnessModel(HFLM):
+    """HFLM on a loaded model: log-probabilities in float32 whatever the weights' dtype, and long prompts cut as
+    `score_task` cuts them: HFLM drops the begin-of-text token with what follows it, and tells nobody.
+
+    cut: (prompt, answer) of the requests that were cut.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_len: int):
+        # one position less: it counts inputs, of which the answer's last token is none
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_len - 1,
+            softmax_dtype="float32",
+        )  # fmt: skip
+        self.cut: set[tuple[str, str]] = set()
+
+    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
+        return super()._loglikelihood_tokens([self._fit(request) for request in requests], disable_tqdm=True, **kwargs)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _fit(self, request: tuple[tuple[str, str], list[int], list[int]]) -> Any:
+        texts, prompt, answer = request
+        longest = self.max_length + 1
+        if len(answer) >= longest:
+            raise SidError(f"an answer of {len(answer)} tokens does not fit in {longest}: {texts[1][:60]!r}")
+        if len(prompt) + len(answer) > longest:
+            self.cut.add(texts)
+            head = prompt[:1] if prompt[0] == self.prefix_token_id else []
+            rest = longest - len(answer) - len(head)
+            prompt = head + prompt[len(prompt) - rest :] if rest else head
+        return texts, prompt, answer

@@ -1,0 +1,187 @@
+"""lm-evaluation-harness on made-up questions, against sidlm.evaluate.nll on the same tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import zstandard
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from sidlm.errors import SidError
+from sidlm.evaluate import span_nll
+from sidlm.evaluate.harness import _spec, evaluate_harness
+from sidlm.evaluate.nll import Span
+
+WORDS = ["quick fox", "lazy dog", "brown", "the number 7", "jumps over"]
+GSM8K = [{"question": f"How many is {i}?", "answer": f"{WORDS[i]} is {i}.\n#### {i}"} for i in range(5)]
+MMLU = [
+    {"subject": "x", "question": f"Which is {i}?", "choices": WORDS[: 2 + i % 3], "answer": i % 2} for i in range(5)
+]
+MBPP = [
+    {"text": f"Return {i}.", "code": f"def f():\r\n    return {i}", "test_list": [f"assert f() == {i}"]}
+    for i in range(3)
+]
+
+
+def write(path, items):
+    text = "".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items).encode()
+    path.write_bytes(zstandard.compress(text) if path.suffix == ".zst" else text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    named = {"gsm8k": GSM8K, "mmlu": MMLU, "mbpp": MBPP}
+    return {name: write(folder / f"{name}.jsonl.zst", items) for name, items in named.items()}
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def nlls(model, tokenizer, pairs, max_len=1 << 30):
+    """NLL of each answer given its prompt, by sidlm.evaluate.nll."""
+    spans = []
+    for prompt, answer in pairs:
+        prompt, answer = tokenizer.encode(prompt), tokenizer.encode(answer)
+        room = max_len - 1 - len(answer)
+        context = [tokenizer.bos_id, *(prompt[len(prompt) - room :] if len(prompt) > room else prompt)]
+        spans.append(Span([*context, *answer], len(context)))
+    return span_nll(model, spans)
+
+
+def mmlu_pairs(item):
+    answers = [f"{letter}. {choice}" for letter, choice in zip("ABCDE", item["choices"], strict=False)]
+    prompt = f"Question: {item['question']}\n" + "".join(f"{answer}\n" for answer in answers) + "Answer:"
+    return [(prompt, " " + answer) for answer in answers]
+
+
+def test_likelihoods_are_our_own(model, tokenizer, hf_tokenizer, files):
+    asked = [f"{name}={file}" for name, file in files.items()]
+    found = evaluate_harness(model, hf_tokenizer, asked, shots=0, batch_size=3, max_len=1 << 12)
+    assert list(found) == ["sid_gsm8k", "sid_mmlu", "sid_mbpp"]
+    task = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]"
+    pairs = {
+        "sid_gsm8k": [(f"Question: {item['question']}\nAnswer:", " " + item["answer"]) for item in GSM8K],
+        "sid_mmlu": [mmlu_pairs(item)[item["answer"]] for item in MMLU],
+        "sid_mbpp": [
+            (task.format(item["text"], item["test_list"][0]), "\n" + item["code"].replace("\r\n", "\n"))
+            for item in MBPP
+        ],
+    }
+    for name, result in found.items():
+        want = nlls(model, tokenizer, pairs[name])
+        mean = sum(want) / len(want)
+        assert result.questions == len(want) and result.shots == 0 and result.cut == 0
+        assert result.nll == pytest.approx(mean, rel=1e-5), name
+        size = sum(len(answer.encode()) for _, answer in pairs[name])
+        assert result.nll_per_byte == pytest.approx(sum(want) / size, rel=1e-5)
+        spread = math.sqrt(sum((nll - mean) ** 2 for nll in want) / (len(want) - 1))
+        assert result.nll_ci95 == pytest.approx(1.96 * spread / math.sqrt(len(want)), rel=1e-3)
+
+
+def test_accuracy_and_its_interval(model, tokenizer, hf_tokenizer, files):
+    (result,) = evaluate_harness(model, hf_tokenizer, [f"mmlu={files['mmlu']}"]).values()
+    hits = 0
+    for item in MMLU:
+        scores = nlls(model, tokenizer, mmlu_pairs(item))
+        hits += scores.index(min(scores)) == item["answer"]
+    share = hits / len(MMLU)
+    assert result.metrics["acc"].value == pytest.approx(share)
+    assert result.metrics["acc"].ci95 == pytest.approx(1.96 * math.sqrt(share * (1 - share) / len(MMLU)))
+
+
+def test_five_shots_from_another_file_and_prompts_cut_behind_bos(model, tokenizer, hf_tokenizer, files, tmp_path):
+    shot = {"question": "One?", "answer": "dog"}
+    shots = write(tmp_path / "shots.jsonl", [shot] * 6)
+    task = f"gsm8k={files['gsm8k']},{shots}"
+    example = "Question: One?\nAnswer: dog\n\n"
+    pairs = [(example * 5 + f"Question: {item['question']}\nAnswer:", " " + item["answer"]) for item in GSM8K]
+    (whole,) = evaluate_harness(model, hf_tokenizer, [task], max_len=1 << 12).values()
+    want = nlls(model, tokenizer, pairs)
+    assert whole.shots == 5 and whole.cut == 0 and whole.nll == pytest.approx(sum(want) / 5, rel=1e-5)
+    (cut,) = evaluate_harness(model, hf_tokenizer, [task], max_len=60, limit=4).values()
+    want = nlls(model, tokenizer, pairs[:4], max_len=60)
+    assert cut.questions == cut.cut == 4 and cut.nll == pytest.approx(sum(want) / 4, rel=1e-5)
+    assert abs(cut.nll - whole.nll) > 1e-3
+
+
+def test_shots_from_the_questions_themselves_leave_out_the_one_asked(model, tokenizer, hf_tokenizer, tmp_path):
+    two = write(tmp_path / "two.jsonl", GSM8K[:2])
+    (result,) = evaluate_harness(model, hf_tokenizer, [f"gsm8k={two}"], shots=1, max_len=1 << 12).values()
+    prompts = [f"Question: {item['question']}\nAnswer:" for item in GSM8K[:2]]
+    answers = [" " + item["answer"] for item in GSM8K[:2]]
+    pairs = [(f"{prompts[1 - i]}{answers[1 - i]}\n\n{prompts[i]}", answers[i]) for i in range(2)]
+    assert result.shots == 1 and result.nll == pytest.approx(sum(nlls(model, tokenizer, pairs)) / 2, rel=1e-5)
+
+
+def test_a_llama_and_low_precision(hf_tokenizer, files):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(hf_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config).eval()
+    asked = [f"gsm8k={files['gsm8k']}"]
+    exact = evaluate_harness(llama, hf_tokenizer, asked, shots=2)["sid_gsm8k"]
+    low = evaluate_harness(llama.bfloat16(), hf_tokenizer, asked, shots=2)["sid_gsm8k"]
+    # bfloat16 holds three digits; had the sum over 40 tokens been in it, two would be left
+    assert low.nll == pytest.approx(exact.nll, rel=2e-2) and low.nll != exact.nll
+    assert low.nll * 256 % 1 != 0
+
+
+def test_a_yaml_file_of_ones_own_with_generated_answers(model, hf_tokenizer, tmp_path):
+    data = write(tmp_path / "data.jsonl", GSM8K)
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {data}}}\n"
+        f"  cache_dir: {tmp_path / 'cache'}\ntest_split: test\noutput_type: generate_until\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "generation_kwargs: {until: ['.'], max_gen_toks: 4}\nmetric_list:\n  - metric: exact_match\n"
+    )
+    (result,) = evaluate_harness(model, hf_tokenizer, [str(tmp_path / "mine.yaml")]).values()
+    assert result.questions == 5 and result.nll is None and result.metrics["exact_match"].value == 0
+    assert result.metrics["exact_match"].ci95 == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "message"),
+    [
+        ("gsm8k", {"question": "a"}, r"bad\.jsonl:2: task gsm8k needs the key 'answer'; the line has question"),
+        ("gsm8k", "{", r"bad\.jsonl:2: Expecting"),
+        ("gsm8k", [], r"bad\.jsonl:2: a line must be a JSON object, got list"),
+        ("gsm8k", {"question": "a", "answer": ""}, "'answer' must be a text"),
+        ("mmlu", {"question": "a", "choices": ["b"], "answer": 0}, "list of 2 to 26"),
+        ("mmlu_pro", {"question": "a", "choices": ["b", "c"], "answer": 2}, "answer index 2 is outside its 2 choices"),
+        ("mbpp", {"text": "a", "code": "b", "test_list": "c"}, "'test_list' must be a list"),
+    ],
+)
+def test_a_malformed_line_is_named(model, hf_tokenizer, tmp_path, task, line, message):
+    good = {"gsm8k": GSM8K, "mmlu": MMLU, "mmlu_pro": MMLU, "mbpp": MBPP}[task][0]
+    path = write(tmp_path / "bad.jsonl", [good, line])
+    with pytest.raises(SidError, match=message):
+        evaluate_harness(model, hf_tokenizer, [f"{task}={path}"])
+
+
+def test_tasks_that_cannot_be_run(model, hf_tokenizer, files, tmp_path):
+    for task, message in {
+        "gsm8k": "task gsm8k needs a file: gsm8k=FILE",
+        "absent.yaml": r"no such task file: absent\.yaml",
+        f"arc={tmp_path}": "no task 'arc' takes a file; there are gsm8k, mmlu",
+        f"gsm8k={tmp_path / 'absent'}": "no such task file",
+        f"gsm8k={write(tmp_path / 'empty.jsonl', [])}": "no questions in it",
+    }.items():
+        with pytest.raises(SidError, match=message):
+            evaluate_harness(model, hf_tokenizer, [task])
+    with pytest.raises(SidError, match=r"gsm8k\.jsonl\.zst: 5 examples before each question need more than 4 others"):
+        evaluate_harness(model, hf_tokenizer, [f"gsm8k={files['gsm8k']}"])
+    with pytest.raises(SidError, match="the harness has no task 'arc_esay'; did you mean 'arc_easy'"):
+        _spec("arc_esay", tmp_path, None, ["arc_easy", "boolq"])  # reading all of its names takes seconds
+    with pytest.raises(SidError, match=r"an answer of \d+ tokens does not fit in 5"):
+        evaluate_harness(model, hf_tokenizer, [f"gsm8k={files['gsm8k']}"], shots=0, max_len=5)
