@@ -67,7 +67,8 @@ def test_likelihoods_are_our_own(model, tokenizer, hf_tokenizer, files):
     asked = [f"{name}={file}" for name, file in files.items()]
     found = evaluate_harness(model, hf_tokenizer, asked, shots=0, batch_size=3, max_len=1 << 12)
     assert list(found) == ["sid_gsm8k", "sid_mmlu", "sid_mbpp"]
-    task = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]"
+    task = "You are an expert Python programmer, and here is your task: {} "
+    task += "Your code should pass these tests:\n\n{}\n[BEGIN]"
     pairs = {
         "sid_gsm8k": [(f"Question: {item['question']}\nAnswer:", " " + item["answer"]) for item in GSM8K],
         "sid_mmlu": [mmlu_pairs(item)[item["answer"]] for item in MMLU],

@@ -74,7 +74,7 @@ def evaluate_harness(
     """
     try:
         import datasets
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise SidError(f"lm-evaluation-harness is not installed ({error}): pip install 'sidlm[eval]'") from error
@@ -90,6 +90,7 @@ def evaluate_harness(
         theirs = [task for task in tasks if "=" not in task and task not in RECORDS and not _is_file(task)]
         manager = TaskManager(include_defaults=bool(theirs))
         specs = [_spec(task, Path(folder) / str(i), shots, manager.all_tasks) for i, task in enumerate(tasks)]
+        simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its type
         out = simple_evaluate(
             model=harness_model,
             tasks=specs,
@@ -140,7 +141,7 @@ def _local(name: str, files: str, folder: Path, shots: int | None) -> dict[str, 
         # from the questions themselves: the harness leaves out the one that is asked
         config["fewshot_split"], examples = "test", count - 1
     # here and not only as the harness's argument, which does not count against a 0 in the file
-    shots = config["num_fewshot"] if shots is None else shots
+    shots = int(config["num_fewshot"] if shots is None else shots)
     if examples < shots:
         raise SidError(f"{fewshot or test}: {shots} examples before each question need more than {examples} others")
     return config | {"num_fewshot": shots, "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")}}

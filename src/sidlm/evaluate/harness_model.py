@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 
 from sidlm.errors import SidError
+
+HFLM: Any = huggingface.HFLM  # its decorator hides its type
 
 
 class HarnessModel(HFLM):
@@ -22,22 +24,19 @@ class HarnessModel(HFLM):
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_len - 1,
             softmax_dtype="float32",
         )  # fmt: skip
+        self.bos, self.longest = tokenizer.bos_token_id, max_len
         self.cut: set[tuple[str, str]] = set()
 
-    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
-        return super()._loglikelihood_tokens([self._fit(request) for request in requests], disable_tqdm=True, **kwargs)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return super().generate_until(requests, disable_tqdm=True)
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        return super()._loglikelihood_tokens([self._fit(request) for request in requests], *args, **kwargs)
 
     def _fit(self, request: tuple[tuple[str, str], list[int], list[int]]) -> Any:
         texts, prompt, answer = request
-        longest = self.max_length + 1
-        if len(answer) >= longest:
-            raise SidError(f"an answer of {len(answer)} tokens does not fit in {longest}: {texts[1][:60]!r}")
-        if len(prompt) + len(answer) > longest:
+        if len(answer) >= self.longest:
+            raise SidError(f"an answer of {len(answer)} tokens does not fit in {self.longest}: {texts[1][:60]!r}")
+        if len(prompt) + len(answer) > self.longest:
             self.cut.add(texts)
-            head = prompt[:1] if prompt[0] == self.prefix_token_id else []
-            rest = longest - len(answer) - len(head)
+            head = prompt[:1] if prompt[0] == self.bos else []
+            rest = self.longest - len(answer) - len(head)
             prompt = head + prompt[len(prompt) - rest :] if rest else head
         return texts, prompt, answer

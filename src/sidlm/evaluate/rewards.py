@@ -6,12 +6,17 @@ answers before and after (arXiv 2407.21783, section 6.2 and figure 26).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from sidlm.data.readers import read_lines
+from sidlm.errors import SidError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +42,35 @@ class RewardComparison:
     after: RewardSummary
     distance: float
     p_value: float
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
+    """The "prompt" or "instruction" of each line of a .jsonl, .jsonl.zst or .jsonl.gz file, at most ``limit``.
+
+    Raises SidError naming the file and the line that has neither, and for a file that is missing or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SidError(f"no such file of prompts: {path}")
+    prompts: list[str] = []
+    for number, line in read_lines(path):
+        if len(prompts) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise SidError(f"{path}:{number}: not JSON: {error}") from error
+        found = (
+            next((item[k] for k in ("prompt", "instruction") if k in item), None) if isinstance(item, dict) else None
+        )
+        if not isinstance(found, str) or not found.strip():
+            raise SidError(f"{path}:{number}: needs the key prompt or instruction with a text")
+        prompts.append(found)
+    if not prompts:
+        raise SidError(f"{path}: no prompts in it")
+    return prompts
 
 
 @torch.no_grad()

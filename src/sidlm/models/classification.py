@@ -19,9 +19,8 @@ class SidForSequenceClassification(SidPreTrainedModel):
 
     def __init__(self, config: SidConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.model = SidModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0), bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -103,9 +103,9 @@ def quantize_feed_forward(
     before = sum(layer.weight.nbytes for layer in layers.values())
     implementation, convert = _implementation(kind, cap, next(iter(layers.values())).weight)
     for path, layer in layers.items():
-        i, _, name = path.split(".")
-        setattr(blocks[int(i)].mlp, name, convert(layer))
-    after = sum(_nbytes(blocks[int(path.split(".")[0])].mlp.get_submodule(path.split(".")[2])) for path in layers)
+        parent, _, name = path.rpartition(".")
+        setattr(blocks.get_submodule(parent), name, convert(layer))
+    after = sum(_nbytes(blocks.get_submodule(path)) for path in layers)
     return Quantized(
         kind=kind,
         implementation=implementation,
@@ -146,12 +146,15 @@ def _implementation(kind: str, cap: float, weight: Tensor) -> tuple[str, Callabl
     if kind == "int8":
         name, config = "torchao int8 weights", Int8WeightOnlyConfig(set_inductor_config=False)
     else:
-        name, config = "torchao float8 rows", Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerRow(),
-            # without the lower bound a token whose activations are all zero, as squared ReLU's may be, becomes NaN
-            activation_value_lb=SMALLEST_MAXIMUM,
-            activation_value_ub=cap,
-            set_inductor_config=False,
+        name, config = (
+            "torchao float8 rows",
+            Float8DynamicActivationFloat8WeightConfig(
+                granularity=PerRow(),
+                # without the lower bound a token whose activations are all zero, as squared ReLU's may be, becomes NaN
+                activation_value_lb=SMALLEST_MAXIMUM,
+                activation_value_ub=cap,
+                set_inductor_config=False,
+            ),
         )
 
     def convert(layer: nn.Linear) -> nn.Module:

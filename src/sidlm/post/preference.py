@@ -50,8 +50,8 @@ class Llama3DPOTrainer(DPOTrainer):
         policy = _Policy(model, inputs["input_ids"], inputs["completion_mask"])
         result = super().compute_loss(policy, self._without_format(inputs), return_outputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
         nll = policy.nll()
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["nll_loss"].append(self.accelerator.gather_for_metrics(nll.detach()).mean().item())
+        gathered: Any = self.accelerator.gather_for_metrics(nll.detach())
+        self._metrics["train" if model.training else "eval"]["nll_loss"].append(gathered.mean().item())
         if return_outputs:
             return result[0] + self.nll_weight * nll, result[1]
         return result + self.nll_weight * nll
@@ -81,8 +81,9 @@ class _Policy:
             return self.model(**kwargs)
         outputs = self.model(labels=self.labels, **kwargs)
         # from the end, for a prompt-learning adapter puts positions of its own in front
-        self.log_probs = outputs.log_probs[:, 1 - labels.shape[1] :]
-        outputs.log_probs = self.log_probs.masked_fill(labels[:, 1:] == -100, 0)
+        log_probs: Tensor = outputs.log_probs[:, 1 - labels.shape[1] :]
+        self.log_probs = log_probs
+        outputs.log_probs = log_probs.masked_fill(labels[:, 1:] == -100, 0)
         return outputs
 
     def nll(self) -> Tensor:
