@@ -10,15 +10,17 @@ import torch
 import zstandard
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from sidlm.data.sources import Document
 from sidlm.errors import SidError
-from sidlm.evaluate import span_nll
+from sidlm.evaluate import bits_per_byte, span_nll
 from sidlm.evaluate.harness import _spec, evaluate_harness
 from sidlm.evaluate.nll import Span
 
 WORDS = ["quick fox", "lazy dog", "brown", "the number 7", "jumps over"]
 GSM8K = [{"question": f"How many is {i}?", "answer": f"{WORDS[i]} is {i}.\n#### {i}"} for i in range(5)]
 MMLU = [
-    {"subject": "x", "question": f"Which is {i}?", "choices": WORDS[: 2 + i % 3], "answer": i % 2} for i in range(5)
+    {"subject": "x", "question": f"Which is {i}?", "choices": WORDS[: 1 + i % 4], "answer": i % 2 if i % 4 else 0}
+    for i in range(5)
 ]
 MBPP = [
     {"text": f"Return {i}.", "code": f"def f():\r\n    return {i}", "test_list": [f"assert f() == {i}"]}
@@ -151,6 +153,21 @@ def test_a_yaml_file_of_ones_own_with_generated_answers(model, hf_tokenizer, tmp
     assert result.metrics["exact_match"].ci95 == 0
 
 
+def test_likelihood_of_whole_texts(model, tokenizer, hf_tokenizer, texts, tmp_path):
+    texts = [text for text in texts if text]
+    data = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    (tmp_path / "rolling.yaml").write_text(
+        f"task: rolling\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {data}}}\n"
+        f"  cache_dir: {tmp_path / 'cache'}\ntest_split: test\noutput_type: loglikelihood_rolling\n"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list:\n  - metric: bits_per_byte\n'
+    )
+    (result,) = evaluate_harness(model, hf_tokenizer, [str(tmp_path / "rolling.yaml")], max_len=1 << 12).values()
+    documents = [Document(text=text, domain="all texts") for text in texts]
+    want = bits_per_byte(model, tokenizer, documents, seq_len=1 << 12)["all"].bits_per_byte
+    assert result.nll is None and result.metrics["bits_per_byte"].ci95 is None
+    assert result.metrics["bits_per_byte"].value == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [
@@ -158,7 +175,7 @@ def test_a_yaml_file_of_ones_own_with_generated_answers(model, hf_tokenizer, tmp
         ("gsm8k", "{", r"bad\.jsonl:2: Expecting"),
         ("gsm8k", [], r"bad\.jsonl:2: a line must be a JSON object, got list"),
         ("gsm8k", {"question": "a", "answer": ""}, "'answer' must be a text"),
-        ("mmlu", {"question": "a", "choices": ["b"], "answer": 0}, "list of 2 to 26"),
+        ("mmlu", {"question": "a", "choices": [], "answer": 0}, "list of 1 to 26"),
         ("mmlu_pro", {"question": "a", "choices": ["b", "c"], "answer": 2}, "answer index 2 is outside its 2 choices"),
         ("mbpp", {"text": "a", "code": "b", "test_list": "c"}, "'test_list' must be a list"),
     ],

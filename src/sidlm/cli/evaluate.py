@@ -98,7 +98,8 @@ def answers(args: Any, model: SidForCausalLM) -> Callable[[], list[float]]:
 
     prompts = read_prompts(args.prompts, args.limit)
     folder = model_folder(args.reward)
-    judge, info = SidForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = SidForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    judge, info = loaded
     if info["missing_keys"]:
         raise SidError(f"{folder}: not a reward model: {min(info['missing_keys'])} is missing in the checkpoint")
     judge = judge.to(model.device).eval()

@@ -64,11 +64,11 @@ def show_harness(results: dict[str, HarnessResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="lm-evaluation-harness (NLL of the right answer in nats; metrics of 0..1 in %; ± 95%)")
+    table = Table(title="lm-evaluation-harness (NLL of right answers in nats, shares in %, ± 95%)")
     table.add_column("task", overflow="fold")
-    for title in ("questions", "shots", "NLL", "/byte"):
+    for title in ("N", "shots", "NLL", "/byte"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("metrics")
+    table.add_column("metrics", no_wrap=True)
     for name, part in results.items():
         metrics = (
             f"{key} {m.value:.4g}" if m.ci95 is None else f"{key} {100 * m.value:.1f} ± {100 * m.ci95:.1f}"

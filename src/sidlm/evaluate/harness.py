@@ -161,7 +161,7 @@ def _results(out: dict[str, Any], model: Any) -> dict[str, HarnessResult]:
             questions=len(rows),
             shots=out["n-shot"].get(name),
             **(_likelihood(answers) if answers and len(answers) == len(rows) else {}),
-            cut=sum(any((a["arg_0"], a["arg_1"]) in model.cut for a in _arguments(row)) for row in rows),
+            cut=sum(any(pair in model.cut for pair in _arguments(row)) for row in rows),
             metrics=_metrics(metrics, rows),
         )
     return found
@@ -180,11 +180,9 @@ def _rows(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _arguments(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Prompt ``arg_0`` and answer ``arg_1`` of each request."""
-    arguments = row["arguments"]
-    found = arguments.values() if isinstance(arguments, dict) else ({"arg_0": a[0], "arg_1": a[1]} for a in arguments)
-    return [a for a in found if isinstance(a.get("arg_1"), str)]
+def _arguments(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(prompt, answer) of each request for the likelihood of an answer; others have other arguments."""
+    return [tuple(a) for a in row["arguments"] if len(a) == 2 and isinstance(a[1], str)]
 
 
 def _right_answer(row: dict[str, Any]) -> tuple[float, int] | None:
@@ -193,11 +191,9 @@ def _right_answer(row: dict[str, Any]) -> tuple[float, int] | None:
     if not arguments or not all(isinstance(s, list | tuple) and len(s) == 2 for s in scores):
         return None
     right = 0 if len(scores) == 1 else row["target"]
-    if isinstance(right, str) and right.isdecimal():  # how samples are written
-        right = int(right)
     if not isinstance(right, int) or not 0 <= right < len(scores) or len(scores) != len(arguments):
         return None
-    return -float(scores[right][0]), len(arguments[right]["arg_1"].encode())
+    return -float(scores[right][0]), len(arguments[right][1].encode())
 
 
 def _likelihood(answers: list[tuple[float, int]]) -> dict[str, float]:

@@ -26,8 +26,9 @@ def _open(item: dict[str, Any]) -> dict[str, Any]:
 
 def _choice(item: dict[str, Any]) -> dict[str, Any]:
     choices = item["choices"]
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"'choices' must be a list of 2 to {len(LETTERS)} texts")
+    if not isinstance(choices, list) or not 1 <= len(choices) <= len(LETTERS):
+        # some questions of MMLU-Pro have a single one
+        raise ValueError(f"'choices' must be a list of 1 to {len(LETTERS)} texts")
     if not all(isinstance(choice, str) for choice in choices):
         raise ValueError("'choices' must be texts")
     answers = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]

@@ -13,7 +13,8 @@ HFLM: Any = huggingface.HFLM  # its decorator hides its type
 
 class HarnessModel(HFLM):
     """HFLM on a loaded model: log-probabilities in float32 whatever the weights' dtype, and long prompts cut as
-    `score_task` cuts them: HFLM drops the begin-of-text token with what follows it, and tells nobody.
+    `score_task` cuts them: HFLM drops the begin-of-text token with what follows it, and tells nobody. The likelihood
+    of whole texts does not count that of a begin-of-text token.
 
     cut: (prompt, answer) of the requests that were cut.
     """
@@ -29,6 +30,14 @@ class HarnessModel(HFLM):
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         return super()._loglikelihood_tokens([self._fit(request) for request in requests], *args, **kwargs)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        # HFLM puts a begin-of-text token before the text and scores the tokenizer's own one behind it
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.add_bos_token = before
 
     def _fit(self, request: tuple[tuple[str, str], list[int], list[int]]) -> Any:
         texts, prompt, answer = request
