@@ -201,5 +201,9 @@ def test_tasks_that_cannot_be_run(model, hf_tokenizer, files, tmp_path):
         evaluate_harness(model, hf_tokenizer, [f"gsm8k={files['gsm8k']}"])
     with pytest.raises(SidError, match="the harness has no task 'arc_esay'; did you mean 'arc_easy'"):
         _spec("arc_esay", tmp_path, None, ["arc_easy", "boolq"])  # reading all of its names takes seconds
+    absent = f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {tmp_path / 'no.jsonl'}}}\n"
+    (tmp_path / "mine.yaml").write_text(absent + 'test_split: test\ndoc_to_text: ""\ndoc_to_target: ""\n')
+    with pytest.raises(SidError, match=r"the data of .*mine\.yaml cannot be read: Unable to find .*no\.jsonl"):
+        evaluate_harness(model, hf_tokenizer, [str(tmp_path / "mine.yaml")])
     with pytest.raises(SidError, match=r"an answer of \d+ tokens does not fit in 5"):
         evaluate_harness(model, hf_tokenizer, [f"gsm8k={files['gsm8k']}"], shots=0, max_len=5)

@@ -36,8 +36,8 @@ def jsonl(tmp_path):
 
 
 def test_sft(example, tmp_path):
-    trainer = example("sft", "--steps", 10, "--out", tmp_path / "sft")
-    assert is_sid(trainer.model) and drop(logged(trainer, "loss")) > 0.8
+    trainer = example("sft", "--steps", 8, "--out", tmp_path / "sft")
+    assert is_sid(trainer.model) and drop(logged(trainer, "loss")) > 0.6
     batch = next(iter(trainer.get_train_dataloader()))
     assert "attention_mask" not in batch  # packed rows: documents are told by position_ids
     trained = batch["input_ids"][batch["labels"] != -100]
@@ -63,8 +63,8 @@ def test_sft_on_a_folder_and_a_file_of_instructions_then_dpo(example, jsonl, tmp
 
 
 def test_lora_is_merged(example, tmp_path):
-    trainer = example("lora", "--steps", 10, "--out", tmp_path / "lora")
-    assert drop(logged(trainer, "loss")) > 0.8
+    trainer = example("lora", "--steps", 8, "--out", tmp_path / "lora")
+    assert drop(logged(trainer, "loss")) > 0.6
     adapted = trainer.model.eval()
     assert not any("lora" in name for name, _ in adapted.base_model.model.model.layers[0].mlp.named_parameters())
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "lora")
@@ -93,5 +93,5 @@ def test_reward_then_grpo_with_it(example, tmp_path):
 
 
 def test_grpo(example, tmp_path):
-    trainer = example("grpo", "--steps", 14, "--out", tmp_path / "grpo")
+    trainer = example("grpo", "--steps", 10, "--out", tmp_path / "grpo")
     assert is_sid(trainer.model) and drop(logged(trainer, "reward"), 4) < -0.08

@@ -147,3 +147,23 @@ def test_a_llama_of_transformers():
     llama = LlamaForCausalLM(config).eval()
     assert len(quantize_feed_forward(llama.model.layers, "float8").layers) == 3
     assert llama(IDS).logits.isfinite().all()
+
+
+def test_the_policy_reaches_torchaos_float8_on_a_gpu(monkeypatch):
+    """What torchao is asked for where the GPU has float8; its arithmetic is compared above."""
+    import torchao.quantization as torchao
+    from torchao.quantization.granularity import PerRow
+
+    import sidlm.nn.quantize as quantize
+
+    asked = []
+    monkeypatch.setattr(quantize, "_has_float8", lambda device: True)
+    monkeypatch.setattr(quantize, "_nbytes", lambda layer: 0)
+    monkeypatch.setattr(torchao, "quantize_", lambda module, config: asked.append((module[0], config)))
+    model = model_of()
+    done = quantize_feed_forward(model.model.layers, "float8", cap=900.0)
+    assert done.implementation == "torchao float8 rows" and len(asked) == 4
+    assert [layer for layer, _ in asked] == [model.model.layers.get_submodule(path) for path in done.layers]
+    for _, config in asked:
+        assert config.activation_value_ub == 900.0 and config.activation_value_lb > 0
+        assert config.granularity == [PerRow(), PerRow()] and config.weight_dtype == torch.float8_e4m3fn

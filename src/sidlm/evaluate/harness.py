@@ -70,10 +70,12 @@ def evaluate_harness(
             prompt loses its beginning after the begin-of-text token, as in `score_task`.
 
     Raises:
-        SidError: the harness is not installed, an unknown task, a malformed file, an answer longer than ``max_len``.
+        SidError: the harness is not installed, an unknown task, a malformed file, data that cannot be had, an answer
+            longer than ``max_len``.
     """
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -89,17 +91,22 @@ def evaluate_harness(
         # reading the names of all the harness's own tasks takes seconds
         theirs = [task for task in tasks if "=" not in task and task not in RECORDS and not _is_file(task)]
         manager = TaskManager(include_defaults=bool(theirs))
+        # datasets' own errors for data that cannot be had, and those of reading a task's file
+        failures = (ConnectionError, DatasetsError, FileNotFoundError)
         specs = [_spec(task, Path(folder) / str(i), shots, manager.all_tasks) for i, task in enumerate(tasks)]
         simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its type
-        out = simple_evaluate(
-            model=harness_model,
-            tasks=specs,
-            num_fewshot=shots,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        try:
+            out = simple_evaluate(
+                model=harness_model,
+                tasks=specs,
+                num_fewshot=shots,
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        except failures as error:
+            raise SidError(f"the data of {', '.join(tasks)} cannot be read: {error}") from error
     assert out is not None  # only other ranks of a distributed run get nothing
     return _results(dict(out), harness_model)
 

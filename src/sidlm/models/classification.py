@@ -19,8 +19,9 @@ class SidForSequenceClassification(SidPreTrainedModel):
 
     def __init__(self, config: SidConfig):
         super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
         self.model = SidModel(config)
-        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0), bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
