@@ -153,6 +153,30 @@ def test_a_yaml_file_of_ones_own_with_generated_answers(model, hf_tokenizer, tmp
     assert result.metrics["exact_match"].ci95 == 0
 
 
+def test_a_group_is_its_tasks_together(model, hf_tokenizer, tmp_path):
+    data = [write(tmp_path / f"{i}.jsonl", MMLU[: 2 + i]) for i in range(2)]
+    common = "test_split: test, output_type: multiple_choice, doc_to_choice: choices, doc_to_target: answer"
+    tasks = "".join(
+        f"  - {{task: part{i}, dataset_path: json, {common}, doc_to_text: '{{{{question}}}}', "
+        f"dataset_kwargs: {{data_files: {{test: {path}}}, cache_dir: {tmp_path / 'cache'}}}}}\n"
+        for i, path in enumerate(data)
+    )
+    weight = "aggregate_metric_list:\n  - {metric: acc, weight_by_size: true}\n"
+    weight += "  - {metric: acc_norm, weight_by_size: false}\n"
+    (tmp_path / "both.yaml").write_text(f"group: both\ntask:\n{tasks}{weight}")
+    found = evaluate_harness(model, hf_tokenizer, [str(tmp_path / "both.yaml")])
+    (first, second), both = [found[f"both::part{i}"] for i in range(2)], found["both"]
+    assert (first.questions, second.questions, both.questions) == (2, 3, 5)
+    assert both.nll == pytest.approx((2 * first.nll + 3 * second.nll) / 5)
+    share = (2 * first.metrics["acc"].value + 3 * second.metrics["acc"].value) / 5
+    assert both.metrics["acc"].value == pytest.approx(share)
+    assert both.metrics["acc"].ci95 == pytest.approx(1.96 * math.sqrt(share * (1 - share) / 5))
+    other = (first.metrics["acc_norm"].value + second.metrics["acc_norm"].value) / 2
+    assert both.metrics["acc_norm"].value == pytest.approx(other)
+    pooled = (2 * first.metrics["acc_norm"].value + 3 * second.metrics["acc_norm"].value) / 5
+    assert (both.metrics["acc_norm"].ci95 is None) == (abs(other - pooled) > 1e-9)
+
+
 def test_likelihood_of_whole_texts(model, tokenizer, hf_tokenizer, texts, tmp_path):
     texts = [text for text in texts if text]
     data = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
@@ -205,5 +229,10 @@ def test_tasks_that_cannot_be_run(model, hf_tokenizer, files, tmp_path):
     (tmp_path / "mine.yaml").write_text(absent + 'test_split: test\ndoc_to_text: ""\ndoc_to_target: ""\n')
     with pytest.raises(SidError, match=r"the data of .*mine\.yaml cannot be read: Unable to find .*no\.jsonl"):
         evaluate_harness(model, hf_tokenizer, [str(tmp_path / "mine.yaml")])
+    with pytest.raises(SidError, match="sid_gsm8k is asked for twice"):
+        evaluate_harness(model, hf_tokenizer, [f"gsm8k={files['gsm8k']}"] * 2, shots=0)
+    (tmp_path / "other.yaml").write_text("dataset_path: json\n")
+    with pytest.raises(SidError, match=r"other\.yaml: names no task"):
+        evaluate_harness(model, hf_tokenizer, [str(tmp_path / "other.yaml")])
     with pytest.raises(SidError, match=r"an answer of \d+ tokens does not fit in 5"):
         evaluate_harness(model, hf_tokenizer, [f"gsm8k={files['gsm8k']}"], shots=0, max_len=5)

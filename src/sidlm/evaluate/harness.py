@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ TASK_FILES = Path(__file__).parent / "harness_tasks"
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A metric of the harness and the half-width of its 95% interval, 1.96 sqrt(S (1 - S) / N) (Llama 3, section 5.1);
-    None for one that is no mean of numbers from 0 to 1."""
+    None for one that is no mean of numbers from 0 to 1 over the questions."""
 
     value: float
     ci95: float | None
@@ -90,10 +91,12 @@ def evaluate_harness(
     with tempfile.TemporaryDirectory() as folder:
         # reading the names of all the harness's own tasks takes seconds
         theirs = [task for task in tasks if "=" not in task and task not in RECORDS and not _is_file(task)]
-        manager = TaskManager(include_defaults=bool(theirs))
-        # datasets' own errors for data that cannot be had, and those of reading a task's file
-        failures = (ConnectionError, DatasetsError, FileNotFoundError)
+        folders = {str(Path(task).resolve().parent) for task in tasks if _is_file(task)}
+        manager = TaskManager(include_defaults=bool(theirs), include_path=sorted(folders) or None)
         specs = [_spec(task, Path(folder) / str(i), shots, manager.all_tasks) for i, task in enumerate(tasks)]
+        names = [spec if isinstance(spec, str) else spec["task"] for spec in specs]
+        if len(set(names)) < len(names):
+            raise SidError(f"{max(names, key=names.count)} is asked for twice: the results are by name")
         simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its type
         try:
             out = simple_evaluate(
@@ -105,7 +108,7 @@ def evaluate_harness(
                 bootstrap_iters=0,
                 log_samples=True,
             )
-        except failures as error:
+        except (ConnectionError, DatasetsError, FileNotFoundError) as error:
             raise SidError(f"the data of {', '.join(tasks)} cannot be read: {error}") from error
     assert out is not None  # only other ranks of a distributed run get nothing
     return _results(dict(out), harness_model)
@@ -119,9 +122,8 @@ def _spec(task: str, folder: Path, shots: int | None, known: Sequence[str]) -> s
     if name in RECORDS:
         raise SidError(f"task {name} needs a file: {name}=FILE.jsonl, or {name}=FILE.jsonl,SHOTS.jsonl")
     if _is_file(name):
-        if not Path(name).is_file():
-            raise SidError(f"no such task file: {name}")
-    elif name not in known:
+        return _name_in(Path(name))
+    if name not in known:
         near = difflib.get_close_matches(name, [*known, *RECORDS], n=1, cutoff=0.6)
         raise SidError(f"the harness has no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return name
@@ -129,6 +131,17 @@ def _spec(task: str, folder: Path, shots: int | None, known: Sequence[str]) -> s
 
 def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
+
+
+def _name_in(path: Path) -> str:
+    """The name of the group or task that a file describes; the harness finds the file by it in its folder."""
+    if not path.is_file():
+        raise SidError(f"no such task file: {path}")
+    # not a YAML loader: the file may hold tags of the harness
+    found = dict(re.findall(r"""^(group|task):\s*["']?([^\s"'\[{]+)""", path.read_text(encoding="utf-8"), re.MULTILINE))
+    if not found:
+        raise SidError(f"{path}: names no task: it has neither a line 'task: NAME' nor 'group: NAME'")
+    return found.get("group") or found["task"]
 
 
 def _local(name: str, files: str, folder: Path, shots: int | None) -> dict[str, Any]:
@@ -157,19 +170,16 @@ def _local(name: str, files: str, folder: Path, shots: int | None) -> dict[str, 
 def _results(out: dict[str, Any], model: Any) -> dict[str, HarnessResult]:
     found: dict[str, HarnessResult] = {}
     for name, metrics in out["results"].items():
-        samples = out["samples"].get(name)
-        if samples is None:  # a group
-            members = [task for task in _leaves(name, out.get("group_subtasks", {})) if task in out["samples"]]
-            rows = [row for task in members for row in _rows(out["samples"][task])]
-        else:
-            rows = _rows(samples)
+        members = _leaves(name, out.get("group_subtasks", {}))  # of a group; of a task, itself
+        samples = [out["samples"].get(task, []) for task in members]
+        rows = [row for part in samples for row in _rows(part)]
         answers = [answer for row in rows if (answer := _right_answer(row)) is not None]
         found[name] = HarnessResult(
             questions=len(rows),
             shots=out["n-shot"].get(name),
             **(_likelihood(answers) if answers and len(answers) == len(rows) else {}),
             cut=sum(any(pair in model.cut for pair in _arguments(row)) for row in rows),
-            metrics=_metrics(metrics, rows),
+            metrics=_metrics(metrics, [sample for part in samples for sample in part]),
         )
     return found
 
@@ -214,15 +224,21 @@ def _likelihood(answers: list[tuple[float, int]]) -> dict[str, float]:
     }
 
 
-def _metrics(metrics: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Metric]:
+def _metrics(metrics: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Metric]:
     """The harness's own numbers; their keys are "metric,filter"."""
     found = {}
     for key, value in metrics.items():
         name, comma, chosen = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        own = [row.get(name) for row in rows]
-        share = all(isinstance(v, int | float) and 0 <= v <= 1 for v in own) and 0 <= value <= 1
-        ci95 = 1.96 * math.sqrt(value * (1 - value) / len(own)) if share and own else None
+        own = [sample.get(name) for sample in samples if sample.get("filter") == chosen]
+        ci95 = 1.96 * math.sqrt(value * (1 - value) / len(own)) if _is_mean_share(value, own) else None
         found[name if chosen == "none" else f"{name} ({chosen})"] = Metric(value=float(value), ci95=ci95)
     return found
+
+
+def _is_mean_share(value: float, own: list[Any]) -> bool:
+    """Whether the interval of a share holds: not for a mean of means, nor for other aggregates."""
+    if not own or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in own):
+        return False
+    return math.isclose(value, math.fsum(own) / len(own), abs_tol=1e-9)
