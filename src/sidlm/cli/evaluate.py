@@ -53,7 +53,8 @@ def harness(args: Any, model: SidForCausalLM) -> dict[str, Any]:
 
     found = evaluate_harness(
         model,
-        AutoTokenizer.from_pretrained(model_folder(args.model)),
+        # a question that spells a control token is text, as in --data and --tasks
+        AutoTokenizer.from_pretrained(model_folder(args.model), split_special_tokens=True),
         args.harness,
         batch_size=args.batch_size,
         shots=args.shots,
