@@ -1,1 +1,4 @@
-"""What turns a language model into an assistant: the chat format and tool calls."""
+"""What makes an assistant of a language model: chat format, tool calls, and what Llama 3's recipe adds to TRL.
+
+`preference.py` needs the extra ``post`` (trl, peft, datasets, accelerate).
+"""
