@@ -35,6 +35,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
         "max_position_embeddings": 8192, "simplicial_window": [512, 32],
     },
+    "3b": {
+        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192, "simplicial_window": [512, 32],
+    },
     "8b": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
@@ -53,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Sizes by name. The small ones have an output head of their own, so that their embedding can start at unit scale;
 tied, they stay at the entropy of single tokens for hundreds of steps (docs/LOG.md). intermediate_size is the Llama
-arch's (8b, 70b, 405b: "The Llama 3 herd", table 3; 1b: Llama 3.2)."""
+arch's (8b, 70b, 405b: "The Llama 3 herd", table 3; 1b, 3b: Llama 3.2)."""
 
 ARCHS = ("sid", "llama")
 

@@ -41,7 +41,7 @@ class ModelConfig:
     """Which model: a preset, and changes to it."""
 
     preset: str = "nano"
-    """size: nano, micro, mini, small, 1b, 8b, 70b, 405b"""
+    """size: nano, micro, mini, small, 1b, 3b, 8b, 70b, 405b"""
     arch: Literal["sid", "llama"] = "sid"
     """sid: every fourth layer 2-simplicial; llama: plain causal attention everywhere"""
     overrides: Annotated[dict[str, Any], tyro.conf.arg(name="set"), _overrides_spec] = field(default_factory=dict)
