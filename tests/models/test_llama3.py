@@ -31,7 +31,7 @@ SHAPES = {
 def llama(folder, name: str, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     fields = {
-        "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "vocab_size": 136, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": LONGEST, "rms_norm_eps": 1e-5, "initializer_range": 0.1,
     } | SHAPES[name]  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**fields)).eval()
@@ -50,7 +50,7 @@ def pair(request, tmp_path):
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(0, 131, (rows, length), generator=torch.Generator().manual_seed(length))
+    return torch.randint(0, 136, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
 @torch.no_grad()
