@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("sidlm.cli.evaluate", "bits per byte on held-out text, likelihood of answers on tasks"),
     "generate": ("sidlm.cli.generate", "continue a prompt"),
     "chat": ("sidlm.cli.chat", "continue text in a loop, keeping the history"),
+    "convert": ("sidlm.cli.convert", "a checkpoint into another layout, or a Llama into a Sid model"),
     "doctor": ("sidlm.cli.doctor", "what this machine can run, and a check that it computes the right numbers"),
 }
 

@@ -62,12 +62,12 @@ def random_prompt(vocab_size: int, length: int, seed: int = 0) -> Tensor:
 class Layers:
     """A checkpoint's forward pass in fp32, one block in memory at a time.
 
-    ids: (1, T), one document without padding. `hidden` (1, T, hidden_size) is what goes into the next block.
+    ids: (B, T), each row a document without padding. `hidden` (B, T, hidden_size) is what goes into the next block.
     """
 
     def __init__(self, checkpoint: Checkpoint, ids: Tensor) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        self.positions, self.masks = context(self.config, ids.shape[1])
+        self.positions, self.masks = context(self.config, *ids.shape)
         self.hidden = checkpoint.read("model.embed_tokens.weight")[ids].float()
 
     def block(self, index: int) -> nn.Module:
@@ -80,9 +80,9 @@ class Layers:
         return block(self.hidden, self.positions, mask=self.masks.get(self.config.layer_types[index]))
 
     def logits(self) -> Tensor:
-        """(T, vocabulary) of the rest of the way through the final norm and the head."""
+        """(B, T, vocabulary) of the rest of the way through the final norm and the head."""
         norm = self.checkpoint.read("model.norm.weight").float()
-        return head_logits(self.checkpoint, ops.rms_norm(self.hidden[0], norm, self.config.rms_norm_eps))
+        return head_logits(self.checkpoint, ops.rms_norm(self.hidden, norm, self.config.rms_norm_eps))
 
 
 @torch.no_grad()
@@ -91,17 +91,30 @@ def streamed_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     layers = Layers(checkpoint, ids)
     for index in range(layers.config.num_hidden_layers):
         layers.hidden = layers.through(layers.block(index), index)
-    return layers.logits()
+    return layers.logits()[0]
 
 
-def context(config: SidConfig, length: int) -> tuple[Positions, dict[str, ops.Mask]]:
-    """Positions and masks by layer type of one document of this length."""
+@torch.no_grad()
+def text_loss(checkpoint: Checkpoint, ids: Tensor) -> float:
+    """Mean loss in nats per token of rows of ids (B, T), of each row's tokens given those before."""
+    layers = Layers(checkpoint, ids)
+    for index in range(layers.config.num_hidden_layers):
+        layers.hidden = layers.through(layers.block(index), index)
+    total = 0.0
+    for row, hidden in zip(ids, layers.hidden, strict=True):  # one row's logits at a time
+        layers.hidden = hidden[None]
+        total += float(F.cross_entropy(layers.logits()[0, :-1], row[1:]))
+    return total / len(ids)
+
+
+def context(config: SidConfig, rows: int, length: int) -> tuple[Positions, dict[str, ops.Mask]]:
+    """Positions, and masks by layer type, of rows that are one document of this length each."""
     assert config.head_dim is not None and config.rope_parameters is not None and config.layer_types is not None
     rotates = config.simplicial_position == "rotation" and "simplicial_attention" in config.layer_types
     rotary = Rotary(config.head_dim, config.rope_parameters, three_chunks=rotates)
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
     masks = {kind: ops.attention_mask(length, length, window=window) for kind, window in windows.items()}
-    return rotary(torch.arange(length)[None], 1), masks
+    return rotary(torch.arange(length)[None], rows), masks
 
 
 def build_block(checkpoint: Checkpoint, index: int) -> nn.Module:
@@ -119,7 +132,7 @@ def build_block(checkpoint: Checkpoint, index: int) -> nn.Module:
 
 
 def head_logits(checkpoint: Checkpoint, hidden: Tensor) -> Tensor:
-    """hidden (T, hidden_size) after the final norm -> (T, vocabulary)."""
+    """hidden (B, T, hidden_size) after the final norm -> (B, T, vocabulary)."""
     tied = checkpoint.config.tie_word_embeddings
     head = checkpoint.read("model.embed_tokens.weight" if tied else "lm_head.weight")
     return torch.cat([F.linear(hidden, rows.float()) for rows in head.split(ROWS)], dim=-1)
