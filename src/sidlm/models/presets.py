@@ -76,11 +76,11 @@ def preset(name: str, *, arch: str = "sid", vocab_size: int | None = None, **ove
     Raises:
         ValueError: unknown name, arch or field, naming the nearest.
     """
-    _check_name("preset", name, PRESETS)
-    _check_name("arch", arch, ARCHS)
+    check_name("preset", name, PRESETS)
+    check_name("arch", arch, ARCHS)
     fields = [f.name for f in dataclasses.fields(SidConfig)]
     for field in overrides:
-        _check_name("SidConfig field", field, fields)
+        check_name("SidConfig field", field, fields)
     sizes = PRESETS[name] | ({} if vocab_size is None else {"vocab_size": vocab_size})
     # what changes the shape of both archs; the rest is the sid arch's own
     shape = sizes | {field: value for field, value in overrides.items() if field in sizes}
@@ -114,7 +114,8 @@ def _build(fields: dict[str, Any]) -> SidConfig:
         raise ValueError(f"SidConfig: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
-def _check_name(what: str, name: str, known) -> None:
+def check_name(what: str, name: str, known) -> None:
+    """Raise ValueError with the nearest known name for an unknown one."""
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1)

@@ -53,7 +53,7 @@ def squared_relu(x: Tensor, weights: SquaredReLUWeights) -> Tensor:
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:
-    return float((y - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+    return float((y - expected).detach().norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
 def fit_squared_relu(
@@ -62,15 +62,15 @@ def fit_squared_relu(
     *,
     width: int,
     steps: int,
-    lr: float = 3e-3,
+    lr: float = 1e-2,
     batch_size: int = 512,
     held_out: float = 0.1,
     seed: int = 0,
 ) -> tuple[SquaredReLUWeights, FitReport]:
     """Fit a squared-ReLU layer to the outputs of a SwiGLU layer on inputs x (N, d), by AdamW on the squared error.
 
-    width: of the new layer, even and at most 2 I. steps: of batch_size inputs each, with a learning rate that falls from
-    lr to 0 along a half cosine; lr is relative to the root mean square of each matrix. held_out: share of x, its
+    width: of the new layer, even and at most 2 I. steps: of batch_size inputs each, with a learning rate that falls
+    from lr to 0 along a half cosine; lr is relative to the root mean square of each matrix. held_out: share of x, its
     end, that only measures; the weights of the least error there are kept, the starting ones included.
 
     Raises ValueError for a width that has no pairs or more than there are features, and for too few inputs.

@@ -1,6 +1,6 @@
 """Meta's checkpoint layout: names, how tensors are cut over the model-parallel ranks, rotary pairs, params.json.
 
-    consolidated.00.pth ... consolidated.NN.pth    one file for each model-parallel rank, a pickled dictionary of tensors
+    consolidated.00.pth ... consolidated.NN.pth    a pickled dictionary of tensors for each model-parallel rank
     params.json                                    sizes
 
 A rank of n holds the n-th part of the output rows of wq, wk, wv, w1, w3, the embedding and the head ("rows"), of the

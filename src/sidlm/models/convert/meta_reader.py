@@ -179,7 +179,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         reason = str(error).partition("WeightsUnpickler error:")[2].strip().splitlines() or [one_line(error)]
         raise SidError(f"{path} is refused, for it holds more than tensors: {reason[0]}") from error
     except (RuntimeError, OSError, ValueError, EOFError) as error:
-        raise SidError(f"{path}: not a whole file of torch.save: {one_line(error).partition(' Exception')[0]}") from error
+        raise SidError(
+            f"{path}: not a whole file of torch.save: {one_line(error).partition(' Exception')[0]}"
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise SidError(f"{path} must hold a dictionary of tensors")
     return loaded

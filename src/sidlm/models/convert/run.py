@@ -15,17 +15,19 @@ from torch import Tensor
 from sidlm.errors import SidError
 from sidlm.models.config import SidConfig
 from sidlm.models.convert.check import LogitsCheck, compare, neighbour_logits, random_prompt, streamed_logits
+from sidlm.models.convert.gguf_file import gguf_tensors, write_gguf
 from sidlm.models.convert.meta_reader import MetaCheckpoint
 from sidlm.models.convert.meta_writer import write_meta
 from sidlm.models.convert.safetensors_writer import write_safetensors
 from sidlm.models.convert.source import Checkpoint, Entry, SafetensorsCheckpoint
 
-LAYOUTS = ("sid", "llama", "meta")
+LAYOUTS = ("sid", "llama", "meta", "gguf")
 BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
 """Files that belong to a model in any layout, copied as they are."""
+GGUF = "model.gguf"
 PROMPT = 32
 """Tokens of the check."""
 
@@ -42,7 +44,7 @@ class Report:
 
 
 def open_checkpoint(folder: Path, *, rope_factor: float | None = None) -> SafetensorsCheckpoint | MetaCheckpoint:
-    """The checkpoint in a folder of transformers or in Meta's layout. Raises SidError if there is none, or a bad one."""
+    """The checkpoint in a folder of transformers or in Meta's layout. Raises SidError if it is none or bad."""
     if not folder.is_dir():
         raise SidError(f"no such folder: {folder}")
     if (folder / "config.json").is_file():
@@ -56,7 +58,12 @@ class Cast:
     """A checkpoint with its floating-point weights in another dtype."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self.folder, self.config, self._checkpoint, self._dtype = checkpoint.folder, checkpoint.config, checkpoint, dtype
+        self.folder, self.config, self._checkpoint, self._dtype = (
+            checkpoint.folder,
+            checkpoint.config,
+            checkpoint,
+            dtype,
+        )
         self.tensors: Mapping[str, Entry] = {
             name: entry._replace(dtype=dtype) if entry.dtype.is_floating_point else entry
             for name, entry in checkpoint.tensors.items()
@@ -79,9 +86,11 @@ def convert(
 ) -> Report:
     """Write a checkpoint into the empty folder `target`, tensor by tensor, and compare logits with what was written.
 
+    A GGUF file is written to `target` / model.gguf.
+
     Args:
         source: read once, in the order of its tensors.
-        layout: "sid" or "llama", folders of transformers with that model_type; "meta".
+        layout: "sid" or "llama", folders of transformers with that model_type; "meta"; or "gguf".
         ranks: model-parallel ranks, the number of files of Meta's layout.
         max_bytes: of one safetensors file.
         reference: the checkpoint whose logits the target must have, the source by default.
@@ -95,17 +104,14 @@ def convert(
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     if layout != "sid":
         check_is_llama(source.config, layout)
-    if layout == "meta":
-        write_meta(target, source, ranks)
-    else:
-        values = ((name, source.read(name)) for name in source.tensors)
-        write_safetensors(target, source.tensors, values, max_bytes=max_bytes)
-        write_config(target, source, layout)
-    for name in BESIDE:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, target / name)
     ids = random_prompt(source.config.vocab_size, PROMPT) if prompt is None else prompt
-    result = compare(logits(reference or source, ids), logits(open_checkpoint(target), ids))
+    if layout == "gguf":
+        write_gguf(target / GGUF, source, name=source.folder.absolute().name)
+        written = neighbour_logits(gguf_tensors(target / GGUF), source.config, ids)
+    else:
+        _write_folder(target, source, layout, ranks, max_bytes)
+        written = logits(open_checkpoint(target), ids)
+    result = compare(logits(reference or source, ids), written)
     if exact and not result.ok:
         raise SidError(f"the converted model computes something else: {result}")
     return Report(
@@ -115,6 +121,18 @@ def convert(
         nbytes=sum(entry.nbytes for entry in source.tensors.values()),
         check=result,
     )
+
+
+def _write_folder(target: Path, source: Checkpoint, layout: str, ranks: int, max_bytes: int) -> None:
+    if layout == "meta":
+        write_meta(target, source, ranks)
+    else:
+        values = ((name, source.read(name)) for name in source.tensors)
+        write_safetensors(target, source.tensors, values, max_bytes=max_bytes)
+        write_config(target, source, layout)
+    for name in BESIDE:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, target / name)
 
 
 def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:

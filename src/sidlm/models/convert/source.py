@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sidlm.errors import SidError
 from sidlm.models.config import SidConfig
+from sidlm.models.presets import check_name
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 """safetensors' names of the dtypes that a model here can have."""
@@ -50,12 +52,13 @@ class Checkpoint(Protocol):
 class SafetensorsCheckpoint:
     """A folder of transformers: config.json, and model.safetensors or its shards with their index.
 
+    overrides: fields of the config that shall differ from the folder's.
     Raises SidError for a config or files that are missing, broken, or do not fit together. Weights stay on disk.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, overrides: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
-        self.config = read_config(folder)
+        self.config = read_config(folder, overrides)
         self._files: dict[str, Path] = {}
         self.tensors: dict[str, Entry] = {}
         for path in weight_files(folder):
@@ -101,8 +104,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_config(folder: Path) -> SidConfig:
-    """The folder's config as Sid's. Raises SidError for a missing or bad one and for a model of another kind."""
+def read_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> SidConfig:
+    """The folder's config as Sid's, with some fields changed. Raises SidError for a bad one and for another kind."""
     path = folder / "config.json"
     if not path.is_file():
         raise SidError(f"no config.json in {folder}")
@@ -110,7 +113,10 @@ def read_config(folder: Path) -> SidConfig:
     if kind not in ("llama", "sid"):
         raise SidError(f"{path}: model_type must be 'llama' or 'sid', got {kind!r}")
     try:
-        return SidConfig.from_pretrained(folder)
+        config = SidConfig.from_pretrained(folder)
+        for name in overrides or {}:
+            check_name("SidConfig field", name, [f.name for f in dataclasses.fields(SidConfig)])
+        return SidConfig.from_dict(config.to_dict() | dict(overrides)) if overrides else config
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         raise SidError(f"{path}: {one_line(error)}") from error
 

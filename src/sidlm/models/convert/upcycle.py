@@ -1,11 +1,11 @@
 """A plain Llama as a Sid model: 2-simplicial layers that change nothing at first, squared-ReLU layers fitted to SwiGLU.
 
 A 2-simplicial layer made here has the q, k, v and o of the layer it replaces, k2_proj = v2_proj = 0 and biases 1. Its
-logits ``scale * sum_d q k (0 + 1)`` do not depend on the second key, so the joint softmax over pairs is the softmax over
-first keys, spread evenly over the second ones, and ``sum v o (0 + 1)`` over them is attention's output: the layer is
-sliding-window attention over w1 positions, whatever w2 is. So the model's logits are unchanged for documents of at most
-w1 tokens, and of longer ones for the first w1; later positions no longer see what is w1 or more positions back in these
-layers. The gradients of k2_proj and v2_proj are not zero, so training moves them from the first step.
+logits ``scale * sum_d q k (0 + 1)`` do not depend on the second key, so the joint softmax over pairs is the softmax
+over first keys, spread evenly over the second ones, and ``sum v o (0 + 1)`` over them is attention's output: the layer
+is sliding-window attention over w1 positions, whatever w2 is. So the model's logits are unchanged for documents of at
+most w1 tokens, and of longer ones for the first w1; later positions no longer see what is w1 or more positions back in
+these layers. The gradients of k2_proj and v2_proj are not zero, so training moves them from the first step.
 """
 
 from __future__ import annotations
@@ -114,8 +114,7 @@ class Distilled:
         self._layers: Layers | None = None
         self._fitted: dict[str, Tensor] = {}
         self.tensors: Mapping[str, Entry] = {
-            name: Entry(shape, checkpoint.tensors[name].dtype)
-            for name, shape in expected_tensors(self.config).items()
+            name: Entry(shape, checkpoint.tensors[name].dtype) for name, shape in expected_tensors(self.config).items()
         }
 
     def read(self, name: str) -> Tensor:
