@@ -44,6 +44,11 @@ def parse(argv: Sequence[str]) -> Any:
     add("--max-shard-gb", type=number(float, 0.001), default=5.0, metavar="GB", help="size of a safetensors file")
     add("--shards", type=number(int, 1), metavar="N", help="model-parallel ranks of --to meta; default: 1")
     add(
+        "--portable",
+        action="store_true",
+        help="put the model's code beside the weights: loads with trust_remote_code where Sid is not installed",
+    )
+    add(
         "--rope-factor",
         type=number(float, 1),
         metavar="F",
@@ -87,6 +92,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise SidError for options that do not go together."""
     if args.shards and args.to != "meta":
         raise SidError(f"--shards is for --to meta, not {args.to}; --max-shard-gb limits safetensors files")
+    if args.portable and args.to != "sid":
+        raise SidError(f"--portable is for --to sid, not {args.to}")
     if args.to != "sid" and (args.simplicial_every or args.squared_relu):
         raise SidError(f"--simplicial-every and --squared-relu make Sid models: they need --to sid, not {args.to}")
 
@@ -161,6 +168,7 @@ def main(argv: list[str]) -> int:
             max_bytes=int(args.max_shard_gb * 1e9),
             reference=reference,
             exact=rows is None,
+            portable=args.portable,
             prompt=random_prompt(source.config.vocab_size, length),
         )
         if rows is not None:

@@ -205,6 +205,8 @@ class SidConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """transformers' constructor from a dictionary, with a Llama config translated."""
+        # what a portable folder says of its code is of that folder: saved elsewhere it would name a missing file
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().from_dict(_from_llama(config_dict), **kwargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sidlm.models.convert.gguf_file import gguf_tensors, write_gguf
 from sidlm.models.convert.meta_reader import MetaCheckpoint
 from sidlm.models.convert.meta_writer import write_meta
 from sidlm.models.convert.safetensors_writer import write_safetensors
-from sidlm.models.convert.source import Checkpoint, Entry, SafetensorsCheckpoint
+from sidlm.models.convert.source import Checkpoint, Entry, SafetensorsCheckpoint, read_json
 
 LAYOUTS = ("sid", "llama", "meta", "gguf")
 BESIDE = (
@@ -82,6 +83,7 @@ def convert(
     max_bytes: int = 5 * 10**9,
     reference: Checkpoint | None = None,
     exact: bool = True,
+    portable: bool = False,
     prompt: Tensor | None = None,
 ) -> Report:
     """Write a checkpoint into the empty folder `target`, tensor by tensor, and compare logits with what was written.
@@ -95,6 +97,8 @@ def convert(
         max_bytes: of one safetensors file.
         reference: the checkpoint whose logits the target must have, the source by default.
         exact: whether they must be the same but for rounding; the comparison is made in any case.
+        portable: put a file with the model's code beside a "sid" folder's weights, which then loads with
+            trust_remote_code where sidlm is not installed.
         prompt: (1, T) ids for the comparison; None for 32 random ones.
 
     Raises:
@@ -110,6 +114,8 @@ def convert(
         written = neighbour_logits(gguf_tensors(target / GGUF), source.config, ids)
     else:
         _write_folder(target, source, layout, ranks, max_bytes)
+        if portable:
+            add_code(target)
         written = logits(open_checkpoint(target), ids)
     result = compare(logits(reference or source, ids), written)
     if exact and not result.ok:
@@ -133,6 +139,24 @@ def _write_folder(target: Path, source: Checkpoint, layout: str, ranks: int, max
     for name in BESIDE:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, target / name)
+
+
+def add_code(folder: Path) -> None:
+    """Make a Sid folder load with trust_remote_code where sidlm is not installed: its code, and config.json naming it.
+
+    Raises SidError for a config that the code cannot run.
+    """
+    from sidlm.models.portable import modeling_sid
+
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("mlp_precision") is not None:
+        raise SidError(f"the portable code has no mlp_precision, the model has {config['mlp_precision']!r}")
+    file = Path(modeling_sid.__file__)
+    shutil.copyfile(file, folder / file.name)
+    classes = {"AutoConfig": "SidConfig", "AutoModel": "SidModel", "AutoModelForCausalLM": "SidForCausalLM"}
+    config["auto_map"] = {auto: f"{file.stem}.{name}" for auto, name in classes.items()}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
