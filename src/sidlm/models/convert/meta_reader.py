@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class MetaCheckpoint:
     def __init__(self, folder: Path, rope_factor: float | None = None) -> None:
         self.folder = folder
         self._paths = _rank_files(folder)
+        for path in self._paths:
+            _check_storages(path)
         self._group = ""
         self._open: list[dict[str, Tensor]] = []
         params = folder / "params.json"
@@ -169,6 +172,20 @@ def _rank_files(folder: Path) -> list[Path]:
         missing = next(name for name in expected if name not in names)
         raise SidError(f"{folder}: {missing} is missing, there is {names[-1]}")
     return paths
+
+
+def _check_storages(path: Path) -> None:
+    """Raise SidError unless every storage has as many bytes in the archive as its tensors take.
+
+    A mapped file is not asked: a storage that is cut short would go on with the bytes of what lies behind it.
+    """
+    tensors = _load(path).values()
+    wanted = sorted({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}.values())
+    with zipfile.ZipFile(path) as archive:
+        members = [m for m in archive.infolist() if m.filename.split("/")[-2:-1] == ["data"]]
+    found = sorted(member.file_size for member in members if member.file_size)
+    if wanted != found:
+        raise SidError(f"{path}: the tensors take {sum(wanted):,} bytes, but the file stores {sum(found):,}")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def read_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Sid
         for name in overrides or {}:
             check_name("SidConfig field", name, [f.name for f in dataclasses.fields(SidConfig)])
         return SidConfig.from_dict(config.to_dict() | dict(overrides)) if overrides else config
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise SidError(f"{path}: {one_line(error)}") from error
 
 
