@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--preset", default="1b")
     parser.add_argument("--shard-gb", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--libraries", choices=LIBRARIES, nargs="+", default=LIBRARIES)
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--measure", choices=LIBRARIES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -126,7 +127,7 @@ def main() -> None:
     try:
         write_checkpoint(args.folder, args.preset, int(args.shard_gb * 1e9))
         for repeat in range(args.repeats):
-            for library in LIBRARIES:
+            for library in args.libraries:
                 for cache in ("cold", "warm"):
                     if cache == "cold":
                         drop_from_page_cache(args.folder)
