@@ -67,7 +67,7 @@ def _read_again(tensor: Tensor, mappings: list[Mapping]) -> Tensor:
         return tensor.clone()
     mapping = mappings[index]
     copy = torch.empty_like(tensor)
-    target = memoryview(copy.view(-1).view(torch.uint8).numpy())
+    target = copy.view(-1).view(torch.uint8).numpy().data
     try:
         with open(mapping.path, "rb", buffering=0) as file:
             file.seek(mapping.offset + address - mapping.start)

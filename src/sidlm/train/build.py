@@ -105,7 +105,8 @@ def _start_model(cfg: RunConfig, tokenizer: Tokenizer, *, read_weights: bool) ->
         return SidForCausalLM(config).float()
     SafetensorsCheckpoint(folder, cfg.model.overrides)  # what is missing or has another shape would start at random
     logging.disable_progress_bar()
-    return SidForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    model: Any = SidForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    return model
 
 
 def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:

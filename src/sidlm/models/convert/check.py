@@ -145,11 +145,12 @@ def neighbour_logits(read: Callable[[str], Tensor], config: SidConfig, ids: Tens
     read: a tensor by Meta's name, rotary pairs neighbouring in wq and wk; key/value heads may be repeated there.
     """
     assert config.head_dim is not None and config.rope_parameters is not None
-    angles = torch.arange(ids.shape[1])[:, None].float() * inverse_frequencies(config.head_dim, config.rope_parameters)
+    dim = config.head_dim
+    angles = torch.arange(ids.shape[1])[:, None].float() * inverse_frequencies(dim, config.rope_parameters)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, D/2)
 
     def heads(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, read(name).float()).unflatten(-1, (-1, config.head_dim))  # (T, heads, D)
+        return F.linear(x, read(name).float()).unflatten(-1, (-1, dim))  # (T, heads, D)
 
     def rotated(x: Tensor) -> Tensor:
         return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)

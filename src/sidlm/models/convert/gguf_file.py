@@ -79,6 +79,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, name: str) -> None:
                 entry.nbytes // entry.dtype.itemsize * kind.itemsize, raw_dtype=_kind(gguf, kind),
             )  # fmt: skip
         writer.add_file_type(_file_type(gguf, set(kinds.values())))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -96,7 +97,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, name: str) -> None:
 
 def _package() -> Any:
     try:
-        import gguf
+        import gguf  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise SidError("GGUF files need the package gguf: pip install gguf") from error
     return gguf
@@ -155,7 +156,7 @@ def _add_tokenizer(writer: Any, gguf: Any, folder: Path, config: SidConfig) -> N
     model = spec["model"]
     rules = [step.get("pattern", {}).get("Regex") for step in _steps(spec.get("pre_tokenizer"))]
     rule = next((pattern for pattern in rules if pattern), None)
-    pre = PRE_TOKENIZERS.get((rule, bool(model.get("ignore_merges"))))
+    pre = PRE_TOKENIZERS.get((str(rule), bool(model.get("ignore_merges"))))
     if model.get("type") != "BPE" or pre is None:
         raise SidError(f"{file}: llama.cpp has no name for this {model.get('type')} tokenizer's split rule {rule!r}")
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)

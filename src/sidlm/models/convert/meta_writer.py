@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
 
 from sidlm.models.convert import meta_layout
 from sidlm.models.convert.safetensors_writer import raw
@@ -80,7 +81,7 @@ class Rebuilt:
             strides.append(step)
             step *= size
         arguments = (self.storage, 0, self.shape, tuple(reversed(strides)), False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
+        return _rebuild_tensor_v2, arguments
 
 
 class Pickler(pickle.Pickler):

@@ -76,4 +76,4 @@ def _write_file(file: BinaryIO, tensors: Mapping[str, Entry], values: Iterator[t
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, copied only if it is not contiguous."""
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data

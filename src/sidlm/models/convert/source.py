@@ -40,9 +40,14 @@ class Entry(NamedTuple):
 class Checkpoint(Protocol):
     """Weights under Llama's names in safetensors, rotary halves apart. With tied embeddings there is no lm_head."""
 
-    folder: Path
-    config: SidConfig
-    tensors: Mapping[str, Entry]
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> SidConfig: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Entry]: ...
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, perhaps a view of a mapped file."""

