@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sidlm.data.tokenizer import train_tokenizer
 from sidlm.errors import SidError
 from sidlm.models import SidConfig, SidForCausalLM
 from sidlm.models.convert.run import add_code, convert, open_checkpoint
@@ -29,7 +30,7 @@ import sys
 sys.modules["sidlm"] = None  # as where it is not installed
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 root, *names = sys.argv[1:]
 out = {}
 for name in names:
@@ -50,15 +51,19 @@ for name in names:
     loss.backward()
     out[name + ".grad"] = model.model.layers[1].self_attn.q_proj.weight.grad
     model.save_pretrained(f"{root}/{name}-again")
+text = AutoTokenizer.from_pretrained(f"{root}/mixed", trust_remote_code=True)("the house", return_tensors="pt")
+out["tokens"] = text.input_ids
 save_file({k: v.contiguous() for k, v in out.items()}, f"{root}/out")
 """
 
 
 def test_logits_text_and_gradients_without_sidlm(tmp_path, model_of, ids):
     expected = {}
+    tokenizer = train_tokenizer(["the tree and the house"] * 3, 280, num_special=11)
     for name, overrides in MODELS.items():
         model = model_of(name, **overrides)
         model.save_pretrained(tmp_path / "saved" / name)
+        tokenizer.save(tmp_path / "saved" / name)
         (tmp_path / name).mkdir()
         convert(open_checkpoint(tmp_path / "saved" / name), tmp_path / name, portable=True)
         x = ids(2, 30)
@@ -79,6 +84,7 @@ def test_logits_text_and_gradients_without_sidlm(tmp_path, model_of, ids):
             expected[name + ".lookup"] = model.generate(x[:1], **one)
         model.train()(x, labels=x).loss.backward()
         expected[name + ".grad"] = model.model.layers[1].self_attn.q_proj.weight.grad
+    expected["tokens"] = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("the house")]])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     if "PYTHONPATH" in os.environ:  # a layered environment; sidlm itself is blocked by the script
