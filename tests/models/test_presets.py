@@ -4,7 +4,13 @@ import torch
 from sidlm.models import PRESETS, SidForCausalLM, num_parameters, preset
 from sidlm.models.presets import ARCHS
 
-LLAMA = {"1b": 1_235_814_400, "8b": 8_030_261_248, "70b": 70_553_706_496, "405b": 405_853_388_800}
+LLAMA = {
+    "1b": 1_235_814_400,
+    "3b": 3_212_749_824,
+    "8b": 8_030_261_248,
+    "70b": 70_553_706_496,
+    "405b": 405_853_388_800,
+}
 
 
 def on_meta(config) -> SidForCausalLM:

@@ -66,7 +66,7 @@ def test_rotary_survives_bf16_and_has_no_state():
 
 
 def test_unknown_rope_type():
-    with pytest.raises(ValueError, match="rope_type 'llama4' is not implemented; known: 'default'"):
+    with pytest.raises(ValueError, match="rope_type 'llama4' is not implemented; known: 'default', 'llama3'"):
         Rotary(16, {"rope_type": "llama4", "rope_theta": 1.0})
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": ("sidlm.cli.generate", "continue a prompt"),
     "chat": ("sidlm.cli.chat", "talk to a model, or continue text in a loop"),
     "serve": ("sidlm.cli.serve", "an OpenAI-compatible server over a model"),
+    "convert": ("sidlm.cli.convert", "a checkpoint into another layout, or a Llama into a Sid model"),
     "doctor": ("sidlm.cli.doctor", "what this machine can run, and a check that it computes the right numbers"),
 }
 

@@ -3,11 +3,13 @@
 from dataclasses import field
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from sidlm.nn.feed_forward import FEED_FORWARDS, check_recipe
 from sidlm.nn.moe import GATES
+from sidlm.nn.rotary import inverse_frequencies
 from sidlm.nn.simplicial_attention import check_position
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "simplicial_attention")
@@ -138,6 +140,8 @@ class SidConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.rope_parameters is not None:
+            inverse_frequencies(2, self.rope_parameters, device=torch.device("meta"))
         self._check_layer_types()
         self._check_mlp()
         self._check_simplicial()
@@ -205,6 +209,8 @@ class SidConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """transformers' constructor from a dictionary, with a Llama config translated."""
+        # what a portable folder says of its code is of that folder: saved elsewhere it would name a missing file
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().from_dict(_from_llama(config_dict), **kwargs)
 
 

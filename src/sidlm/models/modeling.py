@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from sidlm import ops
 from sidlm.models.cache import check_cache, readable
 from sidlm.models.config import SidConfig
+from sidlm.models.loading import own_memory
 from sidlm.nn.attention import Attention
 from sidlm.nn.block import Block
 from sidlm.nn.feed_forward import SquaredReLUFeedForward, SwiGLUFeedForward
@@ -99,15 +100,9 @@ class SidPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
-        """transformers' loader; weights that it left mapped at odd addresses of the file are copied to aligned memory.
-
-        A CPU's matrix products round differently there: without this a loaded model is not bit-equal to the saved one.
-        """
+        """transformers' loader; weights that it left mapped at odd addresses of the file get memory of their own."""
         loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for parameter in model.parameters():
-            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
+        own_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     @torch.no_grad()

@@ -35,6 +35,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
         "max_position_embeddings": 8192, "simplicial_window": [512, 32],
     },
+    "3b": {
+        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192, "simplicial_window": [512, 32],
+    },
     "8b": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
@@ -53,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Sizes by name. The small ones have an output head of their own, so that their embedding can start at unit scale;
 tied, they stay at the entropy of single tokens for hundreds of steps (docs/LOG.md). intermediate_size is the Llama
-arch's (8b, 70b, 405b: "The Llama 3 herd", table 3; 1b: Llama 3.2)."""
+arch's (8b, 70b, 405b: "The Llama 3 herd", table 3; 1b, 3b: Llama 3.2)."""
 
 ARCHS = ("sid", "llama")
 
@@ -71,11 +76,11 @@ def preset(name: str, *, arch: str = "sid", vocab_size: int | None = None, **ove
     Raises:
         ValueError: unknown name, arch or field, naming the nearest.
     """
-    _check_name("preset", name, PRESETS)
-    _check_name("arch", arch, ARCHS)
+    check_name("preset", name, PRESETS)
+    check_name("arch", arch, ARCHS)
     fields = [f.name for f in dataclasses.fields(SidConfig)]
     for field in overrides:
-        _check_name("SidConfig field", field, fields)
+        check_name("SidConfig field", field, fields)
     sizes = PRESETS[name] | ({} if vocab_size is None else {"vocab_size": vocab_size})
     # what changes the shape of both archs; the rest is the sid arch's own
     shape = sizes | {field: value for field, value in overrides.items() if field in sizes}
@@ -109,7 +114,8 @@ def _build(fields: dict[str, Any]) -> SidConfig:
         raise ValueError(f"SidConfig: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
-def _check_name(what: str, name: str, known) -> None:
+def check_name(what: str, name: str, known) -> None:
+    """Raise ValueError with the nearest known name for an unknown one."""
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1)

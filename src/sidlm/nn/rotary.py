@@ -22,15 +22,36 @@ class Positions(NamedTuple):
     """(B, T, head_dim // 3)"""
 
 
+LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def inverse_frequencies(head_dim: int, parameters: Mapping[str, Any], device: torch.device | None = None) -> Tensor:
     """Angular frequencies (head_dim // 2,) in float32 for a transformers-style ``rope_parameters`` mapping.
 
-    Raises ValueError for a ``rope_type`` that is not implemented: running it as another type would be silently wrong.
+    rope_type "default" needs rope_theta; "llama3" (Llama 3.1 and later) also the LLAMA3_FIELDS.
+
+    Raises ValueError for a ``rope_type`` that is not implemented: running it as another type would be silently wrong;
+    and for a field that is missing or makes no sense.
     """
     rope_type = parameters.get("rope_type", "default")
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"rope_parameters: rope_type {rope_type!r} is not implemented; known: 'default', 'llama3'")
+    needed = ("rope_theta", *LLAMA3_FIELDS) if rope_type == "llama3" else ("rope_theta",)
+    for name in needed:
+        value = parameters.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            given = "is missing" if value is None else f"must be a number above 0, got {value!r}"
+            raise ValueError(f"rope_parameters: {name} {given} (rope_type {rope_type!r})")
+    frequencies = ops.rope_frequencies(head_dim, float(parameters["rope_theta"]), device=device)
     if rope_type == "default":
-        return ops.rope_frequencies(head_dim, float(parameters["rope_theta"]), device=device)
-    raise ValueError(f"rope_parameters: rope_type {rope_type!r} is not implemented; known: 'default'")
+        return frequencies
+    scaling = {name: float(parameters[name]) for name in LLAMA3_FIELDS}
+    if not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
+        raise ValueError(
+            f"rope_parameters: high_freq_factor ({parameters['high_freq_factor']}) must be above "
+            f"low_freq_factor ({parameters['low_freq_factor']})"
+        )
+    return ops.llama3_frequencies(frequencies, **scaling)
 
 
 class Rotary(nn.Module):

@@ -4,7 +4,14 @@ from sidlm.ops.attention.api import IMPLEMENTATIONS as _ATTENTION
 from sidlm.ops.attention.api import Mask, attention, attention_mask
 from sidlm.ops.loss.linear_cross_entropy import linear_cross_entropy
 from sidlm.ops.norm import rms_norm
-from sidlm.ops.rope import apply_rope, apply_rope3, rope3_frequencies, rope_cos_sin, rope_frequencies
+from sidlm.ops.rope import (
+    apply_rope,
+    apply_rope3,
+    llama3_frequencies,
+    rope3_frequencies,
+    rope_cos_sin,
+    rope_frequencies,
+)
 from sidlm.ops.simplicial.api import IMPLEMENTATIONS as _SIMPLICIAL
 from sidlm.ops.simplicial.api import two_simplicial_attention
 from sidlm.ops.simplicial.decode import IMPLEMENTATIONS as _DECODE
@@ -35,6 +42,7 @@ __all__ = [
     "attention_mask",
     "halo_sizes",
     "linear_cross_entropy",
+    "llama3_frequencies",
     "rms_norm",
     "rope3_frequencies",
     "rope_cos_sin",

@@ -1,5 +1,7 @@
 """Rotary position embeddings: Llama's planar form, and the one that leaves a 3x3 determinant relative."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,6 +11,29 @@ def rope_frequencies(head_dim: int, theta: float, device: torch.device | str | N
     """Angular frequencies (radians per position) ``theta^(-2i/head_dim)``, float32 (RoFormer, section 3.2.2)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / theta**exponent
+
+
+def llama3_frequencies(
+    inv_freq: Float[Tensor, "half"],
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+) -> Float[Tensor, "half"]:
+    """Llama 3.1's frequencies for long contexts: slow ones are divided by ``factor``, fast ones stay.
+
+    With L = original_max_position_embeddings, a frequency f turns L f / (2 pi) times within the original context:
+    at most low_freq_factor times is slow, at least high_freq_factor times fast, and between the two
+    ``s = (turns - low) / (high - low)`` mixes ``(1 - s) f / factor + s f`` ("The Llama 3 herd", section 3.4.2).
+    """
+    # in this order of operations the float32 results are those of transformers, bit by bit
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (original_max_position_embeddings / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    slow, fast = original_max_position_embeddings / low_freq_factor, original_max_position_embeddings / high_freq_factor
+    divided = torch.where(wavelength > slow, inv_freq / factor, inv_freq)
+    between = (wavelength >= fast) & (wavelength <= slow)
+    return torch.where(between, (1 - smooth) * divided / factor + smooth * divided, divided)
 
 
 def rope3_frequencies(head_dim: int, theta: float, device: torch.device | str | None = None) -> Float[Tensor, "third"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from sidlm.data.loader import Loader
     from sidlm.data.sources import Document
     from sidlm.data.tokenizer import Tokenizer
+    from sidlm.models.config import SidConfig
     from sidlm.models.modeling import SidForCausalLM
 
 
@@ -34,7 +36,10 @@ def open_text(cfg: RunConfig, *, resumed: bool) -> Text:
     from sidlm.data import Loader, Tokenizer, open_data, prepare_tokenizer
 
     folder = Path(cfg.train.out) / "tokenizer"
-    tokenizer = Tokenizer.load(folder) if resumed else prepare_tokenizer(cfg.data, folder, log=print)
+    settings = cfg.data
+    if cfg.model.init_from and not settings.tokenizer:
+        settings = dataclasses.replace(settings, tokenizer=str(start_folder(cfg.model.init_from)))
+    tokenizer = Tokenizer.load(folder) if resumed else prepare_tokenizer(settings, folder, log=print)
     data = open_data(cfg.data, tokenizer, log=print)
     loader = Loader(data.train, batch_size=cfg.train.batch_size, seed=cfg.train.seed)
     valid = choose_documents(data.valid, cfg.validation.documents, cfg.validation.characters)
@@ -59,11 +64,14 @@ def choose_documents(documents: Sequence[Any], count: int, characters: int) -> l
     return turns[:count]
 
 
-def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> SidForCausalLM:
-    """A freshly initialised fp32 model of the preset with its overrides, for the tokenizer's vocabulary.
+def build_model(cfg: RunConfig, tokenizer: Tokenizer, *, resumed: bool = False) -> SidForCausalLM:
+    """The fp32 model of a run: a freshly initialised one of the preset for the tokenizer's vocabulary, or init_from's.
 
+    resumed: the weights come from a checkpoint of the run, so those of init_from are not read.
     Raises SidError for an unknown preset or field (naming the nearest) and for values that do not fit together.
     """
+    if cfg.model.init_from:
+        return _start_model(cfg, tokenizer, read_weights=not resumed)
     from sidlm.models import SidForCausalLM, preset
 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -72,9 +80,38 @@ def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> SidForCausalLM:
         config = preset(cfg.model.preset, arch=cfg.model.arch, **settings)
     except (ValueError, TypeError) as error:
         raise SidError(f"model: {' '.join(str(error).split())}") from error
+    _check_vocabulary(config, tokenizer)
+    return SidForCausalLM(config).float()
+
+
+def start_folder(path: str) -> Path:
+    """The model folder of model.init_from: itself or, of a run, its folder `model`. Raises SidError without one."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise SidError(f"model.init_from: no config.json in {path} nor in {Path(path) / 'model'}")
+
+
+def _start_model(cfg: RunConfig, tokenizer: Tokenizer, *, read_weights: bool) -> SidForCausalLM:
+    from transformers.utils import logging
+
+    from sidlm.models import SidForCausalLM
+    from sidlm.models.convert.source import SafetensorsCheckpoint, read_config
+
+    folder = start_folder(cfg.model.init_from)
+    config = read_config(folder, cfg.model.overrides)
+    _check_vocabulary(config, tokenizer)
+    if not read_weights:
+        return SidForCausalLM(config).float()
+    SafetensorsCheckpoint(folder, cfg.model.overrides)  # what is missing or has another shape would start at random
+    logging.disable_progress_bar()
+    model: Any = SidForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    return model
+
+
+def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
     if config.vocab_size < tokenizer.vocab_size:
         raise SidError(f"model vocab_size={config.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens")
-    return SidForCausalLM(config).float()
 
 
 def compile_blocks(model: SidForCausalLM, mode: str, device: torch.device) -> None:

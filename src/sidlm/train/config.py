@@ -38,12 +38,15 @@ _overrides_spec = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model: a preset, and changes to it."""
+    """Which model: a preset, and changes to it; or the one in a folder."""
 
     preset: str = "nano"
-    """size: nano, micro, mini, small, 1b, 8b, 70b, 405b"""
+    """size: nano, micro, mini, small, 1b, 3b, 8b, 70b, 405b"""
     arch: Literal["sid", "llama"] = "sid"
     """sid: every fourth layer 2-simplicial; llama: plain causal attention everywhere"""
+    init_from: str = ""
+    """folder of a model, or of its run, whose weights the run starts from; preset and arch are then not used, and the
+    tokenizer is the folder's unless data.tokenizer names another"""
     overrides: Annotated[dict[str, Any], tyro.conf.arg(name="set"), _overrides_spec] = field(default_factory=dict)
     """fields of the model's config that differ from the preset; in YAML a mapping named `overrides`, on the command
     line `--model.set num_hidden_layers=6 simplicial_window=[64,8]`, which adds to those of the file"""

@@ -87,7 +87,7 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
 
         text = open_text(cfg, resumed=found is not None)
         torch.manual_seed(cfg.train.seed)
-        model: Any = build_model(cfg, text.tokenizer)
+        model: Any = build_model(cfg, text.tokenizer, resumed=found is not None)
         model.to(device).train()
         optimizer = make_optimizer(model, cfg.optim)
         tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
@@ -256,8 +256,9 @@ def headline(
     """One line on what is about to happen."""
     parameters = sum(p.numel() for p in model.parameters())
     start = f"from step {state.step}" if state.step else "new run"
+    kind = f"started from {cfg.model.init_from}" if cfg.model.init_from else f"{cfg.model.preset}/{cfg.model.arch}"
     return (
-        f"{cfg.train.out}: {cfg.model.preset}/{cfg.model.arch}, {parameters / 1e6:.2f}M parameters, "
+        f"{cfg.train.out}: {kind}, {parameters / 1e6:.2f}M parameters, "
         f"{precision} on {device}, {cfg.train.batch_size} x {cfg.data.seq_len} tokens a step, {start}; "
         f"peak: {meter.peak.source}"
     )
