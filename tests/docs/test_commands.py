@@ -13,6 +13,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -34,12 +35,9 @@ NOT_RUN = {
     "make": "continuous integration runs the targets themselves",
     "sid demo": "trains for minutes; tests/cli/test_demo.py runs it with fewer steps",
     "sid chat": "reads from a terminal; tests/cli/test_chat.py drives it",
-    "sid serve": "runs until it is stopped; tests/cli/test_serve.py starts and stops it",
     "pytest": "this very suite",
     "ruff": "continuous integration runs it",
     "pyright": "continuous integration runs it",
-    "sid serve": "serves until it is stopped",
-    "python ask.py": "asks the server",
     "python tools/config_reference.py": "tests/docs/test_config_reference.py compares the file",
 }
 LANGUAGES = {"bash", "python", "yaml", "json", "jsonl", "text", "console", ""}
@@ -82,7 +80,7 @@ def reason_not_to_run(command: str) -> str | None:
     return None
 
 
-def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def run(command: str, monkeypatch: pytest.MonkeyPatch, servers: "list[Server]") -> int:
     words = shlex.split(command, comments=True)
     with monkeypatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "0")  # a user has no interpreter on
@@ -91,8 +89,11 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
             patch.setenv(name, value)
         if words[0] == "python" and words[1].startswith("examples/"):
             return script(words[1:], patch)
-        if words[:2] == ["sid", "convert"] and "convert" not in COMMANDS:
-            return stand_in_for_convert(words[2], words[3])
+        if words[:2] == ["sid", "serve"]:
+            servers.append(Server(words))
+            return 0
+        if words[0] == "python" and servers:
+            return servers[-1].ask(words[1])
         if words[0] != "sid":
             raise AssertionError(f"unknown command {words[0]!r}: run it here or name it in NOT_RUN with the reason")
         if words[1:2] == ["train"] and "--help" not in words:
@@ -116,14 +117,32 @@ def script(words: list[str], patch: pytest.MonkeyPatch) -> int:
     return 0
 
 
-def stand_in_for_convert(folder: str, out: str) -> int:
-    """A Llama folder as a Sid one; to go when there is the command."""
-    from sidlm.data.tokenizer import Tokenizer
-    from sidlm.models import SidForCausalLM
+class Server:
+    """What `sid serve` starts, in a process of its own on a free port, until the page ends."""
 
-    SidForCausalLM.from_pretrained(folder).save_pretrained(out)
-    Tokenizer.load(folder).save(out)
-    return 0
+    def __init__(self, words: list[str]):
+        at = words.index("--port") + 1
+        self.said, command = words[at], [*words[1:at], "0", *words[at + 1 :]]
+        path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "sidlm.cli.main", *command]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("listening on http://127.0.0.1:"), line
+        self.port = line.split()[-1].split(":")[2].split("/")[0]
+
+    def ask(self, file: str) -> int:
+        """Runs a script that asks it, and wants an answer."""
+        text = Path(file).read_text(encoding="utf-8").replace(self.said, self.port)
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
+        assert done.returncode or done.stdout, "no answer"
+        return done.returncode
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(60)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -135,6 +154,17 @@ def test_blocks_of_a_page_run(page, tmp_path, monkeypatch, demo_run, capsys):
     for name in ("notes.txt", "more-notes.txt"):
         shutil.copy(ROOT / "LICENSE", tmp_path / name)
     names: dict[str, object] = {"__name__": "docs"}
+    servers: list[Server] = []
+    try:
+        run_page(page, tmp_path, monkeypatch, capsys, names, servers)
+        assert [server.stop() for server in servers] == [0] * len(servers)
+    finally:
+        for server in servers:
+            server.process.kill()
+            server.process.wait()
+
+
+def run_page(page, tmp_path, monkeypatch, capsys, names, servers):
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
         assert block.language in LANGUAGES, f"{where}: block of unknown language {block.language!r}"
@@ -146,7 +176,7 @@ def test_blocks_of_a_page_run(page, tmp_path, monkeypatch, demo_run, capsys):
         elif block.language == "bash":
             for command in commands(block):
                 if reason_not_to_run(command) is None:
-                    status = run(command, monkeypatch)
+                    status = run(command, monkeypatch, servers)
                     said = capsys.readouterr()
                     assert status == 0, f"{where}: `{command}` exited {status}\n{said.err}"
 
