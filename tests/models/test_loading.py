@@ -64,7 +64,7 @@ def test_peak_memory_is_the_weights(tmp_path):
         file.write("5")  # forgets the peak so far
     before = status("VmRSS")
     model = SidForCausalLM.from_pretrained(tmp_path)
-    assert weights > 200e6 and sum(p.numel() for p in model.parameters()) * 4 > 0.99 * weights
+    assert weights > 150e6 and sum(p.numel() for p in model.parameters()) * 4 > 0.99 * weights
     # the first byte of a mapped tensor, where the reader looks, brings up to one large page of the file with it
     looked_at = len(list(model.parameters())) * (2 << 20)
     assert status("VmHWM") - before < 1.1 * weights + looked_at < 1.4 * weights
