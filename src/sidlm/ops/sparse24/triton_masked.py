@@ -164,7 +164,7 @@ UNROLL, PROGRAMS, TILE = 4, 2048, 1024
 def whole_rows(F: int) -> tuple[int, int]:
     """Columns of a chunk and warps for programs that keep whole rows: a thread keeps about 48 elements."""
     warps = 4 if F <= 6 << 10 else 8 if F <= 12 << 10 else 16
-    return min(256 * warps, triton.next_power_of_2(max(F, 128 * warps))), warps
+    return min(256 * warps, 1 << (max(F, 128 * warps) - 1).bit_length()), warps
 
 
 def plan_activation(

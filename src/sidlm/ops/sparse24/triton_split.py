@@ -51,7 +51,7 @@ SEGMENT = 1024
 def plan(counts: Tensor, to: Split, most: int) -> Launch:
     """The launch that fills `to` from counts, none of them above `most`."""
     args = {"counts_ptr": counts, "sparse_ptr": to.sparse, "dense_ptr": to.dense, "is_dense_ptr": to.is_dense}
-    BF = triton.next_power_of_2(len(counts))
+    BF = 1 << (len(counts) - 1).bit_length()
     bits = -(-most.bit_length() // 4) * 4  # rounded up, for few kernels
     constants = {"F": len(counts), "DENSE": len(to.dense), "BITS": bits, "BF": BF, "BS": SEGMENT}
     return Launch(split_kernel, -(-len(counts) // SEGMENT), args, constants, min(16, max(4, BF // 2048)))
@@ -60,9 +60,11 @@ def plan(counts: Tensor, to: Split, most: int) -> Launch:
 def split(counts: Tensor, share: float, tokens: int) -> Split:
     """`recipe.split` of int32 counts (F,) of at most so many tokens."""
     dense, features = recipe.dense_count(len(counts), share), counts.new_empty(len(counts), dtype=torch.int64)
-    to = Split(features[dense:], features[:dense], counts.new_empty(len(counts), dtype=torch.uint8))
+    is_dense = counts.new_empty(len(counts), dtype=torch.uint8)
+    to = Split(features[dense:], features[:dense], is_dense)
     if dense in (0, len(counts)):
         torch.arange(len(counts), out=features)
-        return to._replace(is_dense=to.is_dense.fill_(dense > 0))
+        is_dense.fill_(dense > 0)
+        return to
     plan(counts, to, tokens).run()
     return to
