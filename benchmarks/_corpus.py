@@ -3,13 +3,14 @@
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-SID = str(Path(sys.executable).with_name("sid"))
+SID = shutil.which("sid", path=str(Path(sys.executable).parent)) or shutil.which("sid") or "sid"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

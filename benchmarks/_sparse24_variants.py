@@ -25,7 +25,7 @@ PACKED, MIXED, UNPACKED = "sidlm 2:4 packed", "sidlm 2:4 weights dense", "sidlm 
 """All sparse products; all but those of the weights' gradients; none"""
 DENSE = "dense"
 """So the variants are named that compute the same without 2:4; SwiGLU is another function"""
-BACKENDS = ("cusparselt", "torchao")
+BACKENDS = ("hopper", "cusparselt", "torchao")
 
 
 @contextmanager

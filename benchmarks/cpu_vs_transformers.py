@@ -6,8 +6,10 @@ Both models hold the same float32 weights, in one process; their repetitions alt
 discarded. A ratio is transformers' time over Sid's within one repetition, so that what slows the machine for a while
 slows both; above 1 Sid is faster. Training is forward and backward with the loss: transformers with `labels`, Sid with
 `shift_labels` (how it trains) and with `labels` (the loss transformers' way). Generation is greedy `generate` of both,
-one row, which must give the same tokens. The last row of a case is Sid's own arch (every fourth layer 2-simplicial,
-squared ReLU, the same number of parameters), for information.
+one row, which must give the same tokens; and, without what `generate` costs, a bare loop of argmax over a cache: of
+transformers' model, of Sid's, and Sid's own decoding (`sidlm.serve.decode`, what `sid generate` and the server run).
+"sid arch" is Sid's own arch (every fourth layer 2-simplicial, squared ReLU, the same number of parameters), for
+information.
 """
 
 import argparse
@@ -19,9 +21,10 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from sidlm.models import SidForCausalLM, preset
+from sidlm.serve.decode import Sampling, decode
 
 CASES = {
     "nano": {"batch": 8, "shape": {}},
@@ -92,6 +95,33 @@ def generation(models: dict[str, torch.nn.Module]) -> dict[str, Callable[[], tor
     return runs
 
 
+def bare_loop(model: torch.nn.Module, prompt: torch.Tensor) -> torch.Tensor:
+    """Greedy tokens (1, PROMPT + NEW) with nothing around the model but a cache and an argmax."""
+    cache, tokens = DynamicCache(config=model.config), [prompt]
+    with torch.inference_mode():
+        for _ in range(NEW):
+            logits = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            tokens.append(logits[:, -1].argmax(dim=-1, keepdim=True))
+    return torch.cat(tokens, dim=1)
+
+
+def loops(models: dict[str, torch.nn.Module]) -> dict[str, Callable[[], torch.Tensor]]:
+    """What one repetition runs: name -> greedy generation without `generate`, returning the tokens."""
+    prompt = torch.randint(models[PEER].config.vocab_size, (1, PROMPT))
+
+    def own(model: torch.nn.Module) -> torch.Tensor:
+        greedy = Sampling(max_new_tokens=NEW, temperature=0)
+        chosen = decode(model, prompt[0].tolist(), greedy, stop_ids=())
+        return torch.tensor([[*prompt[0].tolist(), *(c.id for c in chosen)]])
+
+    for model in models.values():
+        model.eval()
+    runs = {name: lambda model=model: bare_loop(model, prompt) for name, model in models.items()}
+    runs["sid, decode"] = lambda: own(models["sid"])
+    assert torch.equal(runs[PEER](), runs["sid"]()) and torch.equal(runs[PEER](), runs["sid, decode"]())
+    return runs
+
+
 def measure(runs: dict[str, Callable[[], torch.Tensor]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each repetition but the first, alternating between the runs."""
     seconds = {name: [] for name in runs}
@@ -142,6 +172,7 @@ def main() -> None:
         tokens = case["batch"] * SEQ_LEN
         results += rows(name, "train", tokens, measure(training(models, case["batch"]), args.repeats))
         results += rows(name, "generate", NEW, measure(generation(models), args.repeats))
+        results += rows(name, "bare loop", NEW, measure(loops(models), args.repeats))
     facts["load_average_after"] = os.getloadavg()
     if args.json:
         with open(args.json, "w") as file:

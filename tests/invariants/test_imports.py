@@ -1,4 +1,4 @@
-"""The one arrow: cli -> {train, post, serve, evaluate, scaling} -> {data, parallel, models} -> nn -> ops -> errors."""
+"""The one arrow: cli -> serve -> {train, post, evaluate, scaling} -> {data, parallel, models} -> nn -> ops."""
 
 import ast
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import sidlm
 
 ROOT = Path(sidlm.__file__).parent
-LAYER = {"cli": 5, "train": 4, "post": 4, "serve": 4, "evaluate": 3, "scaling": 3}
+LAYER = {"cli": 6, "serve": 5, "train": 4, "post": 4, "evaluate": 3, "scaling": 3}
 LAYER |= {"data": 2, "parallel": 2, "models": 2, "nn": 1, "ops": 0}
-# within a layer, only these may see each other: the loop validates (train above evaluate, hence the two numbers)
+# the loop validates, and the server speaks post's chat format: train is above evaluate, and serve above post
 LEAVES = {"errors", "__init__"}
 
 

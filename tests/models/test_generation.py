@@ -91,9 +91,3 @@ def test_inputs_embeds(model_of, kind, ids):
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(prompt).logits, rtol=0, atol=0)
     new = greedy(model, prompt, max_new_tokens=5)[:, 9:]
     assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=5, min_new_tokens=5, do_sample=False), new)
-
-
-@pytest.mark.parametrize("kind", ["full", "trilinear", "mixed"])
-def test_static_cache_is_refused_in_one_line(model_of, kind, ids):
-    with pytest.raises(ValueError, match=r"static caches .* are not supported by Sid"):
-        greedy(model_of(kind), ids(1, 5), cache_implementation="static")

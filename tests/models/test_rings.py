@@ -68,6 +68,7 @@ def test_beams_chunks_and_lookup(model_of, kind, ids):
     model, prompt = model_of(kind), ids(2, 19)
     assert torch.equal(greedy(model, prompt, num_beams=3), greedy(model, prompt, num_beams=3, use_cache=False))
     assert torch.equal(greedy(model, prompt, prefill_chunk_size=4), greedy(model, prompt))
+    assert torch.equal(greedy(model, prompt, cache_implementation="static"), greedy(model, prompt, use_cache=False))
     # the lookup records the past, which the rings do not: the steps before and after it do
     prompt = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 9, 5, 6, 7, 8, 5, 6]])
     assert torch.equal(greedy(model, prompt, prompt_lookup_num_tokens=3), greedy(model, prompt))

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from sidlm.ops import squared_relu_ffn
-from sidlm.ops.sparse24 import algorithms, backends, crossover, cusparselt, gpu, products
-from sidlm.ops.sparse24.packed import pack, unpack
+from sidlm.ops.sparse24 import algorithms, backends, crossover, cusparselt, eager, gpu, hopper_product, products
+from sidlm.ops.sparse24.packed import Packed, pack, unpack
 from sidlm.ops.sparse24.quantize import FP8, quantize_rows
 from sidlm.ops.sparse24.select import select_2to4
 from sidlm.ops.sparse24.triton_relayout import relayout
@@ -30,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(algorithms, "_known", {})
 
 
-@pytest.fixture(params=["cusparselt", "torchao", "dense"])
+@pytest.fixture(params=["hopper", "cusparselt", "torchao", "dense"])
 def named(request, monkeypatch, device):
     """Each backend in turn, whatever the number of tokens is; with it, the dtypes it cannot multiply here."""
     why = {dtype: backends.why_not(request.param, device, dtype) for dtype in (BF16, FP8)}
@@ -107,6 +107,40 @@ def test_products_of_every_backend(named, dtype, m, k, n, device):
         gpu.products_into(into, [(rows, laid), (others, (a8, a_scale))], (b8, scale), dtype == FP8)
         assert products.difference(into[rows], want) < cusparselt.TOLERANCE
         assert torch.equal(into[others], gpu.dense_matmul((a8, a_scale), (b8, scale), dtype == FP8))
+
+
+@pytest.mark.parametrize("how", [{}, {"bn": 256, "blocks": 1}, {"cluster": 1}, {"group": 1, "stages": 2}])
+@pytest.mark.parametrize("t, d, f", [(1, 8, 64), (63, 200, 192), (130, 1000, 320), (700, 1024, 2880)])
+def test_an_up_projection_leaves_packed(t, d, f, how, device):
+    if reason := hopper_product.why_not(device, BF16):
+        pytest.skip(reason)
+    x, w_up = torch.randn(t, d, device=device, dtype=BF16), torch.randn(f, d, device=device, dtype=BF16)
+    x[:, 0], w_up[: f // 2, 0] = 1, -20  # rarely positive
+    packed = Packed(x.new_full((t, f // 2), torch.nan), torch.full((t, f // 8), 255, dtype=torch.uint8, device=device))
+    hopper_product.packed_product(x, w_up, packed, **how)
+    y1 = x.float() @ w_up.float().T
+    expected = unpack(eager.pack_activation(y1.bfloat16(), False)[0]).float()
+    got = unpack(packed).float()
+    # its sums have another order: what is as large as the third of four up to rounding may be chosen instead
+    other = (got == 0) != (expected == 0)
+    assert other.float().mean() < 2e-3
+    assert relative(got * ~other, expected * ~other) < 3e-3
+    assert (got != 0).unflatten(-1, (-1, 4)).sum(-1).max() <= 2
+
+
+def test_what_is_not_finite_stays_in_its_row(device):
+    if reason := hopper_product.why_not(device, BF16):
+        pytest.skip(reason)
+    x, w_up = torch.randn(200, 64, device=device, dtype=BF16), torch.randn(256, 64, device=device, dtype=BF16)
+    packed = Packed(x.new_empty(200, 128), torch.empty(200, 32, dtype=torch.uint8, device=device))
+    hopper_product.packed_product(x, w_up, packed)
+    clean = unpack(packed)
+    x[70, 3] = torch.nan
+    hopper_product.packed_product(x, w_up, packed)
+    got = unpack(packed)
+    assert got[70].isnan().sum() == 128
+    got[70] = clean[70]
+    assert torch.equal(got, clean)
 
 
 def test_every_algorithm_of_cusparselt_is_timed_and_kept(device):

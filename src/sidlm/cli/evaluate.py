@@ -1,20 +1,21 @@
-"""``sid evaluate``: bits per byte on held-out text and likelihood of answers on task files."""
+"""``sid evaluate``: bits per byte on held-out text, likelihood of answers, the harness; quantised, too."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sidlm.cli.common import Parser, add_device, load, number, run_config, write_json
+from sidlm.cli.common import Parser, add_device, load, model_folder, number, run_config, write_json
+from sidlm.cli.evaluate_tables import show_domains, show_harness, show_quantized, show_rewards, show_tasks
 from sidlm.errors import SidError
 
 if TYPE_CHECKING:
     from sidlm.data.config import DataConfig
     from sidlm.data.sources import Document
     from sidlm.data.tokenizer import Tokenizer
-    from sidlm.evaluate import DomainNLL, TaskResult
+    from sidlm.evaluate import DomainNLL
+    from sidlm.models.modeling import SidForCausalLM
     from sidlm.train.config import RunConfig
 
 
@@ -44,72 +45,96 @@ def held_out(run: RunConfig | None, tokenizer: Tokenizer) -> Iterator[Document]:
     return (Document(text=document.text, domain=document.domain) for document in valid)
 
 
-def show_domains(result: dict[str, DomainNLL]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def harness(args: Any, model: SidForCausalLM) -> dict[str, Any]:
+    """Runs and shows the harness's tasks; gives their results as JSON."""
+    from transformers import AutoTokenizer
 
-    table = Table(title="held-out text")
-    table.add_column("domain", no_wrap=True)
-    for title in ("documents", "tokens", "bytes", "nats/token", "bits/byte"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for domain, part in result.items():
-        table.add_row(
-            domain,
-            f"{part.documents:,}",
-            f"{part.tokens:,}",
-            f"{part.bytes:,}",
-            f"{part.nll_per_token:.4f}",
-            f"{part.bits_per_byte:.4f}",
-            style="bold" if domain == "all" else None,
-        )
-    Console().print(table)
+    from sidlm.evaluate.harness import evaluate_harness
+
+    found = evaluate_harness(
+        model,
+        # a question that spells a control token is text, as in --data and --tasks
+        AutoTokenizer.from_pretrained(model_folder(args.model), split_special_tokens=True),
+        args.harness,
+        batch_size=args.batch_size,
+        shots=args.shots,
+        limit=args.limit,
+    )
+    show_harness(found)
+    return {name: dataclasses.asdict(part) for name, part in found.items()}
 
 
-def show_tasks(results: dict[str, TaskResult]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def quantize(args: Any, model: SidForCausalLM) -> dict[str, Any]:
+    """Quantises the model in place and, if asked, compares the rewards of its answers; gives a JSON report."""
+    from sidlm.nn.quantize import quantize_feed_forward
 
-    def share(value: float | None, ci95: float | None) -> str:
-        return "" if value is None or ci95 is None else f"{100 * value:.1f} ± {100 * ci95:.1f}"
+    rewards = answers(args, model) if args.reward else None
+    before = rewards() if rewards else []
+    try:
+        done = quantize_feed_forward(model.model.layers, args.quantize)
+    except ImportError as error:
+        raise SidError(f"--quantize {args.quantize} needs torchao ({error}): pip install 'sidlm[quantize]'") from error
+    except ValueError as error:
+        raise SidError(f"--quantize {args.quantize}: {error}") from error
+    print(
+        f"{done.implementation} in {len(done.layers)} linear layers, blocks {', '.join(map(str, done.kept))} kept: "
+        f"{done.bytes_before:,} -> {done.bytes_after:,} bytes of weights"
+    )
+    report = dataclasses.asdict(done)
+    if rewards:
+        from sidlm.evaluate.rewards import compare_rewards
 
-    table = Table(title="answers (NLL of the right one in nats; accuracy in % ± 95%)")
-    table.add_column("task", overflow="fold")  # the file's name; the JSON has its whole path
-    for title in ("questions", "NLL", "/token", "/byte", "accuracy", "per byte", "chance"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, part in results.items():
-        table.add_row(
-            Path(name).name,
-            f"{part.questions:,}",
-            f"{part.nll:.3f}",
-            f"{part.nll_per_token:.4f}",
-            f"{part.nll_per_byte:.4f}",
-            share(part.accuracy, part.accuracy_ci95),
-            share(part.accuracy_per_byte, part.accuracy_per_byte_ci95),
-            "" if part.chance is None else f"{100 * part.chance:.1f}",
-        )
-    Console().print(table)
-    for name, part in results.items():
-        if part.cut:
-            print(f"{name}: {part.cut} prompts were longer than the model's context and lost their beginning")
+        found = compare_rewards(before, rewards())
+        show_rewards(found)
+        report["rewards"] = dataclasses.asdict(found)
+    return report
+
+
+def answers(args: Any, model: SidForCausalLM) -> Callable[[], list[float]]:
+    """What scores the model's answers to --prompts, as it is when called."""
+    from transformers import AutoTokenizer
+
+    from sidlm.evaluate.rewards import answer_rewards, read_prompts
+    from sidlm.models import SidForSequenceClassification
+
+    prompts = read_prompts(args.prompts, args.limit)
+    folder = model_folder(args.reward)
+    loaded: Any = SidForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    judge, info = loaded
+    if info["missing_keys"]:
+        raise SidError(f"{folder}: not a reward model: {min(info['missing_keys'])} is missing in the checkpoint")
+    judge = judge.to(model.device).eval()
+    tokenizer, judges = AutoTokenizer.from_pretrained(model_folder(args.model)), AutoTokenizer.from_pretrained(folder)
+
+    def score() -> list[float]:
+        return answer_rewards(
+            model, tokenizer, judge, judges, prompts,
+            max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, seed=args.seed,
+        )  # fmt: skip
+
+    return score
 
 
 def parse(argv: Sequence[str]) -> Any:
     parser = Parser(
         "evaluate",
-        "Bits per byte of held-out text, per domain, and likelihood of the right answer on question files.",
+        "Bits per byte of held-out text, per domain, likelihood of the right answer on question files, and tasks of "
+        "lm-evaluation-harness.",
         "  sid evaluate runs/demo\n"
         "  sid evaluate runs/demo --data notes.txt --json result.json\n"
-        "  sid evaluate runs/demo --tasks arc.jsonl gsm8k.jsonl.zst\n\n"
+        "  sid evaluate runs/demo --tasks arc.jsonl gsm8k.jsonl.zst\n"
+        "  sid evaluate runs/demo --harness gsm8k=test.jsonl,train.jsonl mmlu=mmlu.jsonl hellaswag\n"
+        "  sid evaluate runs/demo --data notes.txt --quantize int8\n\n"
         "A line of a task file is {question, choices, answer}, with the answer's index, letter or text, or\n"
         "{prompt, completion}.",
     )
-    parser.add_argument("model", help="model folder, or the run folder of a training")
+    parser.add_argument("model", help="model folder, Sid's or Llama's, or the run folder of a training")
     parser.add_argument(
         "--data",
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help="text file, folder, .jsonl[.zst|.gz], .parquet or glob; default, if there are no --tasks either: what the "
+        help="text file, folder, .jsonl[.zst|.gz], .parquet or glob; default, if no tasks are given either: what the "
         "training of this model held out",
     )
     parser.add_argument(
@@ -125,8 +150,32 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--batch-size", type=number(int, 1), default=8, metavar="N", help="rows at once; default: 8")
     parser.add_argument("--text-key", default="text", help="field of a document's text in .jsonl and .parquet")
     parser.add_argument("--domain-key", default="domain", help="field of its domain, if there is one")
+    harness = parser.add_argument_group("lm-evaluation-harness (pip install 'sidlm[eval]')")
+    harness.add_argument(
+        "--harness",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="gsm8k=FILE, mmlu=FILE, mmlu_pro=FILE or mbpp=FILE (.jsonl[.zst]; FILE,SHOTS takes few-shot examples from "
+        "a second file), a task's .yaml file, or a task that the harness knows",
+    )
+    harness.add_argument("--shots", type=number(int, 0), metavar="N", help="examples before each question")
+    harness.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N questions or prompts")
+    quantized = parser.add_argument_group("quantised feed-forward layers (pip install 'sidlm[quantize]')")
+    quantized.add_argument(
+        "--quantize",
+        choices=("int8", "float8"),
+        help="evaluate the model with inner feed-forward layers in int8 or float8, beside itself on --data",
+    )
+    quantized.add_argument("--reward", metavar="FOLDER", help="a reward model; compare its scores of both's answers")
+    quantized.add_argument("--prompts", metavar="FILE", help="what to answer: .jsonl[.zst] with a key prompt")
+    quantized.add_argument("--max-new-tokens", type=number(int, 1), default=256, metavar="N", help="longest answer")
+    quantized.add_argument("--seed", type=number(int, 0), default=0, help="of the answers")
     add_device(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.reward) != bool(args.prompts) or (args.reward and not args.quantize):
+        parser.error("--reward FOLDER and --prompts FILE go together, with --quantize")
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -143,11 +192,22 @@ def main(argv: list[str]) -> int:
     if seq_len > limit:
         raise SidError(f"--seq-len {seq_len} exceeds the model's {limit} positions")
     report: dict[str, Any] = {"model": args.model, "seq_len": seq_len}
-    if args.data or not tasks:
+
+    def likelihood() -> dict[str, DomainNLL]:
         text = documents(cfg) if args.data else held_out(run, tokenizer)
-        found = bits_per_byte(model, tokenizer, text, seq_len=seq_len, batch_size=args.batch_size)
+        return bits_per_byte(model, tokenizer, text, seq_len=seq_len, batch_size=args.batch_size)
+
+    reads = args.data or not (tasks or args.harness or args.reward)
+    former = likelihood() if args.quantize and reads else None
+    if args.quantize:
+        report["quantized"] = quantize(args, model)
+    if reads:
+        found = likelihood()
         report["data"] = {domain: part.as_dict() for domain, part in found.items()}
         show_domains(found)
+        if former is not None:
+            report["quantized"]["data_before"] = {domain: part.as_dict() for domain, part in former.items()}
+            show_quantized(former, found)
     if tasks:
         scores = {
             file: score_task(model, tokenizer, questions, batch_size=args.batch_size)
@@ -155,6 +215,8 @@ def main(argv: list[str]) -> int:
         }
         report["tasks"] = {file: dataclasses.asdict(part) for file, part in scores.items()}
         show_tasks(scores)
+    if args.harness:
+        report["harness"] = harness(args, model)
     if args.json:
         write_json(args.json, report)
     return 0

@@ -18,7 +18,8 @@ COMMANDS = {
     "tokenizer": ("sidlm.cli.tokenizer", "train a tokenizer on your text"),
     "evaluate": ("sidlm.cli.evaluate", "bits per byte on held-out text, likelihood of answers on tasks"),
     "generate": ("sidlm.cli.generate", "continue a prompt"),
-    "chat": ("sidlm.cli.chat", "continue text in a loop, keeping the history"),
+    "chat": ("sidlm.cli.chat", "talk to a model, or continue text in a loop"),
+    "serve": ("sidlm.cli.serve", "an OpenAI-compatible server over a model"),
     "doctor": ("sidlm.cli.doctor", "what this machine can run, and a check that it computes the right numbers"),
 }
 

@@ -146,7 +146,7 @@ def _info(argv: list[str]) -> int:
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tokenizer", help="a tokenizer folder or a tokenizer.json")
+    parser.add_argument("tokenizer", help="a tokenizer folder, a tokenizer.json, or Llama 3's tokenizer.model")
 
 
 def _load(path: str):

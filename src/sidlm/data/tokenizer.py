@@ -8,8 +8,10 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sidlm.data.chat_template import GUARD, chat_template
+from sidlm.data.ranks import backend_of_ranks, read_ranks
 from sidlm.errors import SidError
 
 if TYPE_CHECKING:
@@ -51,7 +53,9 @@ class Tokenizer:
     hold, becomes U+FFFD.
     """
 
-    def __init__(self, backend: Backend, *, bos: str, eos: str, pad: str, name: str = "tokenizer") -> None:
+    def __init__(
+        self, backend: Backend, *, bos: str, eos: str, pad: str, name: str = "tokenizer", template: str | None = None
+    ) -> None:
         from tokenizers import AddedToken
 
         added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
@@ -62,12 +66,13 @@ class Tokenizer:
                 backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # not saved in tokenizer.json, hence split_special_tokens in save()
+        backend.encode_special_tokens = True
         self.backend = backend
         self.bos_token, self.eos_token, self.pad_token = bos, eos, pad
         self.bos_id, self.eos_id, self.pad_id = (self._id(t) for t in (bos, eos, pad))
         specials = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
         self.special_ids: dict[str, int] = {content: i for i, content in sorted(specials.items())}
+        self.chat_template = chat_template(self.special_ids) if template is None else template
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         _add_bos_template(backend, bos, self.bos_id)
         self._check_safe(name)
@@ -98,7 +103,11 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json for `load` and, equally safe, AutoTokenizer."""
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja for `load` and for AutoTokenizer.
+
+        AutoTokenizer's own encoding reads the name of a special token as that token, as everywhere in transformers,
+        unless it is called with split_special_tokens=True; a chat rendered with the template is safe as it is.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -106,29 +115,35 @@ class Tokenizer:
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
-            "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        _write_atomically(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        saved = _with_guard(json.loads(self.backend.to_str()))
+        _write_atomically(folder / "tokenizer.json", json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+        if self.chat_template is not None:
+            _write_atomically(folder / "chat_template.jinja", self.chat_template)
         _write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Load a folder with a tokenizer.json, or such a file itself, Sid's or anybody's.
+        """Load a folder with a tokenizer.json, or such a file itself, Sid's or anybody's; or a Llama 3 tokenizer.model.
 
         The ends of a document come from tokenizer_config.json beside the file, else from well-known names; where only
-        one of bos and eos exists it serves as both. Raises FileNotFoundError, or SidError for a file that is no
-        tokenizer or has neither.
+        one of bos and eos exists it serves as both. A chat_template.jinja in the folder is kept. A tokenizer.model is
+        read where a folder has no tokenizer.json (`from_ranks`).
+        Raises FileNotFoundError, or SidError for a file that is no tokenizer or has neither.
         """
         from tokenizers import Tokenizer as Backend
 
         path = Path(path).expanduser()
         file = path / "tokenizer.json" if path.is_dir() else path
+        ranks = path / "tokenizer.model" if path.is_dir() else path
+        if ranks.suffix == ".model" and ranks.is_file() and (ranks == path or not file.is_file()):
+            return cls.from_ranks(ranks)
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}: expected a tokenizer.json or a folder with one")
         try:
-            backend = Backend.from_file(str(file))
+            backend = Backend.from_str(json.dumps(_without_guard(json.loads(file.read_text(encoding="utf-8")))))
         except Exception as error:  # the library raises bare Exception for everything
             raise SidError(f"{file} is not a tokenizer.json: {error}") from error
         named = _configured_specials(file.parent)
@@ -141,7 +156,19 @@ class Tokenizer:
         bos, eos = bos or eos, eos or bos
         assert bos is not None and eos is not None
         pad = _first_known((named.get("pad_token"), *PAD_NAMES), added) or eos
-        return cls(backend, bos=bos, eos=eos, pad=pad, name=str(file))
+        template = file.parent / "chat_template.jinja"
+        own = template.read_text(encoding="utf-8") if path.is_dir() and template.is_file() else None
+        return cls(backend, bos=bos, eos=eos, pad=pad, name=str(file), template=own)
+
+    @classmethod
+    def from_ranks(cls, path: str | Path, *, num_special: int = 256) -> Tokenizer:
+        """Llama 3's own tokenizer from its tokenizer.model, whose special tokens follow the ranks; the same ids as its.
+
+        Raises FileNotFoundError, or SidError naming the line for a file that is not of this format.
+        """
+        tokens = read_ranks(path)
+        backend = backend_of_ranks(tokens, SPLIT_PATTERN)
+        return cls(_add_specials(backend, num_special), **_LLAMA_ENDS, name=str(path))
 
     def _id(self, content: str) -> int:
         token = self.backend.token_to_id(content)
@@ -165,10 +192,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, num_special: int =
     The same texts in the same order give the same tokenizer. Too little text gives a smaller vocabulary than asked.
     Raises ValueError when vocab_size cannot hold 256 bytes and the special tokens.
     """
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
-    specials = special_tokens(num_special)
+    special_tokens(num_special)  # checks the number
     num_ranks = vocab_size - num_special
     if num_ranks < 256:
         needed = 256 + num_special
@@ -183,8 +210,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, num_special: int =
         vocab_size=num_ranks, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
     )
     backend.train_from_iterator((clean(text) for text in texts), trainer)
-    backend.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in specials])
-    return Tokenizer(backend, bos=specials[0], eos=specials[1], pad=specials[4])
+    return Tokenizer(_add_specials(backend, num_special), **_LLAMA_ENDS)
 
 
 def clean(text: str) -> str:
@@ -194,6 +220,34 @@ def clean(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+_LLAMA_ENDS = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "pad": "<|finetune_right_pad_id|>"}
+_DROP_GUARD = {"type": "Replace", "pattern": {"String": GUARD}, "content": ""}
+
+
+def _add_specials(backend: Backend, count: int) -> Backend:
+    from tokenizers import AddedToken
+
+    names = special_tokens(count)
+    backend.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in names])
+    return backend
+
+
+def _with_guard(saved: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a tokenizer.json whose text loses the guard that the chat template puts into it."""
+    own = saved.get("normalizer")
+    both = [_DROP_GUARD, own] if own else [_DROP_GUARD]
+    return saved | {"normalizer": {"type": "Sequence", "normalizers": both}}
+
+
+def _without_guard(saved: dict[str, Any]) -> dict[str, Any]:
+    """The same without it: this library's own encoding is exact for every character and guards by itself."""
+    normalizer = saved.get("normalizer")
+    steps = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
+    if not steps or steps[0] != _DROP_GUARD:
+        return saved
+    return saved | {"normalizer": steps[1] if len(steps) == 2 else None}
 
 
 def _add_bos_template(backend: Backend, bos: str, bos_id: int) -> None:

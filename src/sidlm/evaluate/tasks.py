@@ -70,7 +70,7 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from raw
 
 
-def _right_choice(answer: Any, choices: Sequence[str]) -> int:
+def right_choice(answer: Any, choices: Sequence[str]) -> int:
     """Index of the right choice, from its index, its text or its letter."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
@@ -115,7 +115,7 @@ def _question(item: Any, where: str) -> Question:
             choices = item["choices"]
             if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
                 raise ValueError("'choices' must be a list of two or more strings")
-            right = _right_choice(item[answer], choices)
+            right = right_choice(item[answer], choices)
             answers = tuple(" " + choice for choice in choices)
         else:
             answers, right = (" " + _text(item, answer),), 0

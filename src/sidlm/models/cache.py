@@ -1,7 +1,7 @@
 """The cache of a simplicial layer: four tensors, bounded by the two windows.
 
-Defining the class is what registers it: transformers' DynamicCache looks ``_layer_type`` up when it builds a cache for
-a config with such layers. Full and sliding layers use transformers' own cache layers.
+Defining a class is what registers it: transformers' DynamicCache and StaticCache look ``_layer_type`` up when they
+build a cache for a config with such layers. Full and sliding layers use transformers' own cache layers.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
-
-STATIC_CACHE_ERROR = (
-    "static caches (cache_implementation='static') are not supported by Sid models; use the default dynamic cache, "
-    "which simplicial layers bound by their windows"
-)
 
 
 class SimplicialCacheLayer(DynamicLayer):
@@ -31,9 +26,10 @@ class SimplicialCacheLayer(DynamicLayer):
     _layer_type = "simplicial_attention"
     is_sliding = True
     is_croppable = True
+    supports_early_init = False
 
     def __init__(self, **kwargs):
-        super().__init__()
+        DynamicLayer.__init__(self)
         self.keys2: Tensor | None = None
         self.values2: Tensor | None = None
         self.window = (1, 1)
@@ -187,19 +183,50 @@ class SimplicialCacheLayer(DynamicLayer):
             self._store([x.to(self.device, non_blocking=True) for x in self._stored()])
 
 
-class SimplicialStaticCacheLayer(StaticLayer):
-    """Refuses: without it a static cache of such a config would fail with a bare KeyError."""
+class SimplicialStaticCacheLayer(SimplicialCacheLayer, StaticLayer):
+    """The same layer in a StaticCache: the windows bound it already.
+
+    It is not compiled as a whole: how much lies in it decides shapes.
+    """
 
     _layer_type = "simplicial_attention"
+    is_compileable = False
 
-    def __init__(self, **kwargs):
-        raise ValueError(STATIC_CACHE_ERROR)
+    def __init__(self, max_cache_len: int, **kwargs):
+        SimplicialCacheLayer.__init__(self)
+        self.max_cache_len = max_cache_len
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+
+class Filled:
+    """A cache with static layers as the model's layers read it: without the slots that nothing was written to yet."""
+
+    def __init__(self, cache: Cache, length: int):
+        """length: positions in the cache once the new ones are written. Raises ValueError if it cannot hold them."""
+        self._cache = cache
+        self._length = length
+        for layer in cache.layers:
+            room = layer.get_max_length() if isinstance(layer, StaticLayer) and not layer.is_sliding else -1
+            if 0 <= room < length:
+                raise ValueError(f"the static cache holds {room} positions, but {length} are to be cached")
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple:
+        keys, values = self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(self._cache.layers[layer_idx], SimplicialStaticCacheLayer):
+            return keys, values
+        return keys[:, :, : self._length], values[:, :, : self._length]
+
+
+def readable(cache: Cache, length: int) -> Cache | Filled:
+    """The cache as the model's layers read it, when it comes to hold ``length`` positions."""
+    static = any(isinstance(layer, StaticLayer) for layer in cache.layers)
+    return Filled(cache, length) if static else cache
 
 
 def check_cache(cache: Cache, layer_types: Sequence[str]) -> None:
     """Raise ValueError unless every layer of the cache can serve its layer of the model."""
-    if isinstance(cache, Cache) and cache.is_compileable:
-        raise ValueError(STATIC_CACHE_ERROR)
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from sidlm import ops
-from sidlm.models.cache import check_cache
+from sidlm.models.cache import check_cache, readable
 from sidlm.models.config import SidConfig
 from sidlm.nn.attention import Attention
 from sidlm.nn.block import Block
@@ -198,13 +198,14 @@ class SidModel(SidPreTrainedModel):
         context = self._context(x, attention_mask, position_ids, doc_ids, past_key_values)
         positions = self.rotary(context.position_ids, x.shape[0])
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        cache = None if past_key_values is None else readable(past_key_values, _cached(past_key_values) + x.shape[1])
         states = [x]
         for layer, layer_type in zip(self.layers, layer_types, strict=True):
             simplicial = layer_type == "simplicial_attention"
             x = layer(
                 x,
                 positions,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 mask=context.masks.get(layer_type),
                 doc_ids=context.doc_ids if simplicial else None,
                 impl="eager" if simplicial and context.holes else None,
@@ -230,7 +231,7 @@ class SidModel(SidPreTrainedModel):
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, doc_ids: Tensor | None, cache: Any
     ) -> Context:
         b, t = x.shape[:2]
-        past = cache.get_seq_length() if cache is not None else 0
+        past = 0 if cache is None else _cached(cache)
         padding = _padding(attention_mask, b, past + t)
         told = position_ids is not None
         if told:
@@ -355,6 +356,15 @@ class SidForCausalLM(SidPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The 2-D mask as it is: Sid builds its own masks from it, and takes no 4-D one."""
         return attention_mask
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """Never: transformers would compile every step with a static cache on a GPU; here lengths decide shapes."""
+        return False
+
+
+def _cached(cache: Cache) -> int:
+    """Positions in the cache; a static one counts them in a tensor."""
+    return int(cache.get_seq_length())
 
 
 def _as_dict(return_dict: bool | None, config: SidConfig) -> bool:

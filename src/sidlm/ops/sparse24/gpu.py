@@ -22,6 +22,7 @@ from sidlm.ops.sparse24 import (
     backends,
     crossover,
     cusparselt,
+    hopper_product,
     triton_features,
     triton_gradient,
     triton_masked,
@@ -65,8 +66,8 @@ class Laid:
 
     @cached_property
     def for_kernels(self) -> Packed:
-        layout = backends.BACKENDS[self.backend].layouts[self.values.itemsize]
-        metadata = restored(self.tiled, layout, self.rows) if self.metadata is None else self.metadata
+        layout, metadata = _layout(self.backend, self.values.dtype), self.metadata
+        metadata = restored(self.tiled, layout, self.rows) if metadata is None else metadata
         return Packed(self.values[: self.rows], metadata, self.scale)
 
     @property
@@ -108,6 +109,10 @@ class Whole:
         )
 
 
+def _layout(backend: str, dtype: torch.dtype) -> str:
+    return backends.BACKENDS[backend].layouts[dtype.itemsize]
+
+
 def _up(tokens: int) -> int:
     return (tokens + TOKENS - 1) // TOKENS * TOKENS
 
@@ -144,10 +149,17 @@ def _piece(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     return piece[:size].view(dtype).view(rows, -1), piece[size:].view(rows, -1)
 
 
+def _in_place(tiled: Tensor, rows: int, backend: str, dtype: torch.dtype) -> Tensor | None:
+    """Where a kernel can write plain metadata (rows, K / 8) at once, if that is what the backend reads."""
+    return tiled[:rows] if _layout(backend, dtype) == "plain" else None
+
+
 def _lay(values: Tensor, tiled: Tensor, packed: Packed, backend: str) -> Laid:
     """packed, whose values are the first rows of `values`, with its metadata in the backend's order too."""
-    values[len(packed.values) :].zero_()
-    relayout(packed.metadata, tiled, backends.BACKENDS[backend].layouts[values.itemsize])
+    if len(packed.values) < len(values):
+        values[len(packed.values) :].zero_()
+    if packed.metadata.data_ptr() != tiled.data_ptr():
+        relayout(packed.metadata, tiled, _layout(backend, values.dtype))
     return Laid(values, tiled, packed.scale, len(packed.values), backend, packed.metadata)
 
 
@@ -243,7 +255,10 @@ def pack_activation(y1: Tensor, fp8: bool, keep: bool = True, measure: bool = Tr
             torch.sum(counts, 0, dtype=torch.int32, out=totals[1])
         return closed(whole), counts, totals
     values, tiled = _piece(_up(tokens), features, dtype, y1.device)
-    packed, counts, totals = triton_pack.pack_activation(y1, fp8, values=values[:tokens], count=count)
+    metadata = _in_place(tiled, tokens, backend, dtype)
+    packed, counts, totals = triton_pack.pack_activation(
+        y1, fp8, values=values[:tokens], metadata=metadata, count=count
+    )
     return closed(_lay(values, tiled, packed, backend)), counts, totals
 
 
@@ -259,13 +274,16 @@ def pack_gradient(dy2: Tensor, act: Packed | Laid | Whole, fp8: bool) -> Laid | 
         return Whole(*triton_masked.gradient(dy2.contiguous(), act.values, act.scale), count=False)
     values, tiled = _piece(len(act.values), 2 * act.values.shape[1], FP8 if fp8 else dy2.dtype, dy2.device)
     packed = triton_gradient.pack_gradient(dy2, act.for_kernels, fp8, values=values[: len(dy2)])
+    if packed.metadata.data_ptr() == act.tiled.data_ptr():  # as the backend reads it
+        tiled = act.tiled
     return replace(_lay(values, tiled, packed, act.backend), count=False)
 
 
 def transpose_pack(p: Laid, features: Tensor, perm: Tensor, length: int, by: str, fp8: bool) -> tuple[Laid, Tensor]:
     values, tiled = _piece(len(features), length, p.values.dtype, p.values.device)
+    metadata = _in_place(tiled, len(features), p.backend, values.dtype)
     packed, totals = triton_transpose.transpose_pack(
-        p.for_kernels, features, perm, length, by, fp8, bits=p.of_features[1], values=values
+        p.for_kernels, features, perm, length, by, fp8, bits=p.of_features[1], values=values, metadata=metadata
     )
     return _lay(values, tiled, packed, p.backend), totals
 
@@ -291,6 +309,20 @@ def weight_gradient(
     return dense_product(*b, *a) if turned else dense_product(*a, *b), totals
 
 
+def pack_up(x: Tensor, w_up: Tensor, fp8: bool, count: bool) -> tuple[Packed, Tensor] | None:
+    tokens, features = len(x), len(w_up)
+    backend = _backend(x.dtype, x.device, tokens, features)
+    if fp8 or backend == "dense" or not hopper_product.packs(x, w_up):
+        return None
+    values, tiled = _piece(_up(tokens), features, x.dtype, x.device)
+    metadata = _in_place(tiled, tokens, backend, x.dtype)
+    packed = Packed(values[:tokens], tiled.new_empty(tokens, features // 8) if metadata is None else metadata)
+    hopper_product.packed_product(x, w_up, packed)
+    counts, _ = triton_features.of_features(packed, top=False) if count else (None, None)
+    counts = tiled.new_empty(features, dtype=torch.int32) if counts is None else counts
+    return closed(_lay(values, tiled, packed, backend)), counts
+
+
 STEPS = Steps(
     dense_matmul=dense_matmul,
     pack_activation=pack_activation,
@@ -306,6 +338,7 @@ STEPS = Steps(
     counted=counted,
     split=triton_split.split,
     weight_gradient=weight_gradient,
+    pack_up=pack_up,
 )
 
 

@@ -42,6 +42,12 @@ def forward(
     The statistics are NaN unless measure, and where they are not known yet.
     """
     shares = x.new_full((5,), torch.nan, dtype=torch.float32)
+    if on and not measure and recipe.reuse_mask and steps.pack_up is not None:
+        found = steps.pack_up(x, w_up, recipe.fp8, keep)
+        if found is not None:
+            act, counts = found
+            out = steps.sparse_matmul(act, w_down, recipe.fp8)
+            return out, Kept(act, counts) if keep else Kept(), shares
     y1 = steps.dense_matmul(x, w_up, recipe.fp8)  # (T, F)
     kept = Kept(y1=y1 if keep and keeps_y1(recipe) else None)
     if on:
