@@ -108,6 +108,18 @@ def test_crossover_is_where_all_larger_sizes_are_faster(script):
     }  # fmt: skip
 
 
+def test_the_librarys_crossovers_are_those_of_the_measured_rows(script, monkeypatch, capsys):
+    from sidlm.ops.sparse24.crossover import TABLE, Crossover
+
+    module, _ = script
+    measured = SCRIPT.parent / "results/sparse24_h200_layers.json"
+    monkeypatch.setattr(module, "publish", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["sparse24.py", "--replot", str(measured)])
+    module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [eval(line.strip().rstrip(","), {"Crossover": Crossover}) for line in lines] == list(TABLE)
+
+
 @pytest.mark.parametrize("density", [0.03, 0.1, 0.16])
 def test_activations_are_sparse_in_the_way_of_trained_ones(script, density):
     data = importlib.import_module("_sparse24_data")

@@ -148,9 +148,10 @@ def test_choice_by_sizes_and_name(dtype, monkeypatch):
 def test_crossover_is_that_of_the_nearest_features(monkeypatch):
     rows = [("A", True, 8192, 2048, 100, 150), ("A", True, 43008, 8192, 200, 250), ("A", False, 8192, 2048, 300, 0)]
     monkeypatch.setattr(crossover, "TABLE", tuple(crossover.Crossover(*row) for row in rows))
-    assert [crossover.tokens("A", True, f) for f in (64, 16384, 30000)] == [100, 100, 200]
+    assert [crossover.tokens("A", True, f) for f in (4096, 16384, 30000)] == [100, 100, 200]
+    assert crossover.tokens("A", True, 4095) == crossover.ASSUMED
     assert crossover.tokens("A", False, 43008) == 300
-    assert [crossover.weights("A", True, f) for f in (64, 30000)] == [150, 250]
+    assert [crossover.weights("A", True, f) for f in (4096, 30000)] == [150, 250]
     assert crossover.tokens("B", True, 8192) == crossover.weights("B", True, 8192) == crossover.ASSUMED
 
 

@@ -109,7 +109,7 @@ def test_many_chunks_strips_and_steps(monkeypatch, fp8):
     monkeypatch.setattr(triton_masked, "whole_rows", lambda F: (32, 1))
     monkeypatch.setattr(triton_masked, "PROGRAMS", 12)
     monkeypatch.setattr(triton_features, "PROGRAMS", 1)
-    check(*tensors(70, 136, torch.float32, seed=5, zeros=0.3), fp8)
+    check(*tensors(36, 72, torch.float32, seed=5, zeros=0.3), fp8)
 
 
 def test_sixteen_bits_take_the_place_of_what_they_are_made_of():
@@ -172,9 +172,9 @@ def run(inputs, grad, **settings):
     return out.detach(), *grads, stats
 
 
-@pytest.mark.parametrize("features", [128, 200])
+@pytest.mark.parametrize("features", [64, 72])
 def test_the_function_does_not_change_with_the_number_of_tokens(here, features):
-    inputs, grad = layer(37, features)
+    inputs, grad = layer(21, features)
     eager = run(inputs, grad, impl="eager")
     results, forms = [], []
     for crossovers in ((0, 0), (0, 100), (100, 100)):
@@ -239,7 +239,7 @@ def same_but_for_signs_of_zeros(mine, expected):
     assert torch.equal(mine.float() + 0.0, expected.float() + 0.0)
 
 
-@pytest.mark.parametrize(("T", "F"), [(40, 72), (257, 200)])
+@pytest.mark.parametrize(("T", "F"), [(40, 72), (257, 136)])
 def test_by_words(T, F, monkeypatch):
     run_ptx(monkeypatch, interpreter)
     for module in (triton_features, triton_thin, triton_transpose):

@@ -23,15 +23,23 @@ class Crossover(NamedTuple):
 NEVER = 1 << 62
 """tokens, where sparse products were faster at no size"""
 
-TABLE: tuple[Crossover, ...] = ()
+TABLE: tuple[Crossover, ...] = (
+    # benchmarks/results/sparse24_h200_layers.json, of which benchmarks/sparse24.py --replot prints them
+    Crossover("NVIDIA H200", False, 21504, 4096, 1024, 2048),
+    Crossover("NVIDIA H200", True, 21504, 4096, 1024, 8192),
+)
 
 ASSUMED = 4096
 """tokens, where nothing was measured"""
 
 
 def _nearest(device: str, fp8: bool, features: int) -> Crossover:
-    """The entry for this device and precision whose features are nearest, or what is assumed."""
-    known = [x for x in TABLE if (x.device, x.fp8) == (device, fp8)]
+    """The entry for this device and precision whose features are nearest, or what is assumed.
+
+    What packing costs for each product falls with the layer's width: of layers with less than half of the features of
+    one that was measured that one says nothing.
+    """
+    known = [x for x in TABLE if (x.device, x.fp8) == (device, fp8) and x.features <= 2 * features]
     assumed = Crossover(device, fp8, features, 0, ASSUMED, ASSUMED)
     return min(known, key=lambda x: abs(x.features - features), default=assumed)
 
