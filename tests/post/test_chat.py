@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidlm.data.tokenizer import Tokenizer
@@ -156,6 +156,7 @@ def test_calls_with_any_arguments_come_back(tokenizer, tool_format):
     calls = st.builds(lambda n, a: ToolCall(name=n, arguments=a), NAME, st.dictionaries(HOSTILE, VALUES, max_size=3))
 
     @given(st.lists(calls, min_size=1, max_size=3).map(tuple))
+    @example((ToolCall(name="f", arguments={"\ufb00": 1, "ff": 2}),))  # one name to Python, which reads them in NFKC
     @settings(max_examples=150, deadline=None)
     def back(calls):
         message = Message(role="assistant", tool_calls=calls, python_tag=False)

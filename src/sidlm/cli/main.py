@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import linecache
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A mistake is one line on stderr and status 2, Ctrl-C is 130. Anything else is a bug and keeps its traceback.
     """
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which then warns of its own files
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

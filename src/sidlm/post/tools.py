@@ -15,6 +15,7 @@ import json
 import keyword
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,14 +96,19 @@ def _only(call: ToolCall, name: str) -> str:
 
 
 def _python_call(call: ToolCall) -> str:
-    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in call.name.split(".")):
+    if not all(map(_python_name, call.name.split("."))):
         raise SidError(f"a Python list cannot hold a call of {call.name!r}: not the name of a function")
-    named = {k: v for k, v in call.arguments.items() if k.isidentifier() and not keyword.iskeyword(k)}
+    named = {k: v for k, v in call.arguments.items() if _python_name(k)}
     words = [f"{name}={_python_value(value)}" for name, value in named.items()]
     others = {k: v for k, v in call.arguments.items() if k not in named}
     if others:
         words.append(f"**{_python_value(others)}")
     return f"{call.name}({', '.join(words)})"
+
+
+def _python_name(text: str) -> bool:
+    """Whether Python reads it as a name, and as this one: it brings names to the normal form NFKC."""
+    return text.isidentifier() and not keyword.iskeyword(text) and unicodedata.is_normalized("NFKC", text)
 
 
 def _python_value(value: Any) -> str:
