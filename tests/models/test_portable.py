@@ -45,6 +45,7 @@ for name in names:
         out[name + ".text"] = model.generate(x["ids"], **options)
         if name == "mixed":
             out[name + ".beams"] = model.generate(x["ids"], num_beams=2, **options)
+        out[name + ".static"] = model.generate(x["ids"], cache_implementation="static", **options)
         one = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
         out[name + ".lookup"] = model.generate(x["ids"][:1], prompt_lookup_num_tokens=3, **one)
     loss = model.train()(x["ids"], labels=x["ids"]).loss
@@ -78,6 +79,7 @@ def test_logits_text_and_gradients_without_sidlm(tmp_path, model_of, ids):
             options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0,
                        "eos_token_id": None}  # fmt: skip
             expected[name + ".text"] = model.generate(x, **options)
+            expected[name + ".static"] = expected[name + ".text"]
             if name == "mixed":
                 expected[name + ".beams"] = model.generate(x, num_beams=2, **options)
             one = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}

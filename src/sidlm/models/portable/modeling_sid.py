@@ -93,7 +93,7 @@ class SimplicialCache(cache_utils.DynamicLayer):
     is_croppable = True
 
     def __init__(self, **kwargs):
-        super().__init__()
+        cache_utils.DynamicLayer.__init__(self)
         self.kept: list[Tensor] = []
         self.windows = (1, 1, 1, 1)
         self.length = 0
@@ -150,11 +150,24 @@ class SimplicialCache(cache_utils.DynamicLayer):
         self.kept = [x.repeat_interleave(repeats, dim=0) for x in self.kept]
 
 
-# what DynamicCache(config=...) builds; sidlm's own, if that is imported too, answers alike
+# what DynamicCache and StaticCache build of a config; sidlm's own, if that is imported too, answer alike
 if SIMPLICIAL not in getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {}):
 
     class _Registered(SimplicialCache):
         _layer_type = SIMPLICIAL
+
+    class _RegisteredStatic(SimplicialCache, cache_utils.StaticLayer):
+        """The windows bound it already."""
+
+        _layer_type = SIMPLICIAL
+        is_compileable = False
+
+        def __init__(self, max_cache_len: int, **kwargs):
+            SimplicialCache.__init__(self)
+            self.max_cache_len = max_cache_len
+
+        def get_max_length(self):
+            return self.max_cache_len
 
 
 class RMSNorm(nn.Module):
@@ -296,7 +309,8 @@ class Attention(nn.Module):
     def _plain(self, q, k, v, ids, cache) -> Tensor:
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            # a static cache has slots that nothing was written to yet
+            k, v = (z[:, :, : ids.shape[1]] for z in cache.update(k, v, self.layer))
         s, t = k.shape[2], q.shape[2]
         own, keys = ids[:, ids.shape[1] - t :], ids[:, ids.shape[1] - s :]
         back = torch.arange(s - t, s, device=q.device)[:, None] - torch.arange(s, device=q.device)
@@ -411,7 +425,7 @@ class SidModel(SidPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         real = torch.ones(b, past + t, dtype=torch.bool, device=x.device)
         if attention_mask is not None:
             real = attention_mask.bool()
@@ -457,3 +471,7 @@ class SidForCausalLM(SidPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask=None, **kwargs: Any):
         """The 2-D mask as it is: the model builds its own."""
         return attention_mask
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """Never: lengths decide shapes."""
+        return False
