@@ -1,16 +1,21 @@
 """Four gloo processes of context parallelism: FOLDER. test_context.py starts them and compares with one process."""
 
+import gc
 import multiprocessing
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from sidlm.models import SidConfig, SidForCausalLM
+from sidlm.parallel import exchange
 from sidlm.parallel.context import ContextParallel, context_parallel
 
 RANKS = 4
@@ -28,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "simplicial_window": [3, 9],
     },
     "windows": SID | {"layer_types": ["sliding_attention", "simplicial_attention"], "num_hidden_layers": 2},
+    "experts": {"layer_types": ["full_attention"] * 3, "num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 # model, layout, length: 64 divides, 61 does not, chunks of 24 are shorter than the halos
 CASES = [
@@ -41,7 +47,10 @@ CASES = [
     ("determinant", "inside", 61),
     ("windows", "packed", 24),
     ("windows", "padded", 64),
+    ("experts", "packed", 64),
 ]
+COUNTED = [("llama", 64), ("windows", 64), ("windows", 24)]
+HOW = ("checkpointed", "reentrant", "compiled", "sharded")
 
 
 def model_of(name: str) -> SidForCausalLM:
@@ -75,27 +84,129 @@ def batch_of(layout: str, length: int) -> dict[str, Tensor]:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    """Of this process, whole where a parameter is sharded."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return found
 
 
-def run(model: SidForCausalLM, cp: ContextParallel, batch: dict[str, Tensor], world: Any = None) -> dict[str, Any]:
-    """Loss, gradients and logits of a batch that these processes hold a row or all of, summed over the world."""
-    labelled = int((batch["shift_labels"] >= 0).sum())
-    if cp.ranks < RANKS:  # the other processes have the other row
-        row = distributed.get_rank() // cp.ranks
-        batch = {name: x[row : row + 1] for name, x in batch.items()}
+def step(
+    model: SidForCausalLM, cp: ContextParallel, batch: dict[str, Tensor], *, summed: bool = True
+) -> dict[str, Any]:
+    """Loss and gradients of a batch that every process of the group has whole, summed over all processes."""
     model.zero_grad()
-    local = cp.shard(batch | {"num_items_in_batch": labelled})
-    loss = model(**local).loss
+    loss = model(**cp.shard(batch)).loss
     loss.backward()
     loss = loss.detach()
     found = gradients(model)
-    for x in (loss, *found.values()):
+    for x in (loss, *(found.values() if summed else ())):
         distributed.all_reduce(x)
+    return {"loss": loss, "gradients": found}
+
+
+def logits(model: SidForCausalLM, cp: ContextParallel, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T, vocab_size), the same on every rank."""
+    inputs = {name: x for name, x in batch.items() if name != "shift_labels"}
     with torch.no_grad():
-        inputs = {name: x for name, x in local.items() if name not in ("shift_labels", "num_items_in_batch")}
-        logits = cp.join(model(**inputs).logits, batch["input_ids"].shape[1])
-    return {"loss": loss, "gradients": found, "logits": logits}
+        return cp.join(model(**cp.shard(inputs)).logits, batch["input_ids"].shape[1])
+
+
+def parity(halves: Any, whole: Any) -> dict[Any, Any]:
+    """Every case over four processes, and over two with each pair holding one row: data parallel beside it."""
+    results = {}
+    for case in CASES:
+        name, layout, length = case
+        model, batch = model_of(name), batch_of(layout, length)
+        labelled = int((batch["shift_labels"] >= 0).sum())
+        for ranks, group in ((2, halves), (4, whole)):
+            cp = context_parallel(model.config, group)
+            assert (cp.rank, cp.ranks) == (distributed.get_rank() % ranks, ranks)
+            rows = [distributed.get_rank() // 2] if ranks == 2 else [0, 1]
+            part = {key: x[rows] for key, x in batch.items()}
+            results[*case, ranks] = step(model, cp, part | {"num_items_in_batch": labelled})
+            results[*case, ranks] |= {"logits": logits(model, cp, part), "rows": rows}
+    return results
+
+
+def how(name: str, group: Any) -> dict[str, Any]:
+    """One step of the packed case whose blocks are recomputed, compiled, or sharded over the ranks of the group."""
+    model, batch = model_of("sid"), batch_of("packed", 64)
+    cp = context_parallel(model.config, group)
+    if name == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif name == "reentrant":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    elif name == "compiled":
+        for block in model.model.layers:
+            block.compile(backend="aot_eager", fullgraph=True)
+    elif name == "sharded":
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=group)
+            module.set_gradient_divide_factor(1.0)  # the ranks' losses add up
+    return step(model, cp, batch, summed=name != "sharded")
+
+
+def interleaved(group: Any) -> dict[str, Tensor]:
+    """Gradients where a second micro-batch of another length runs forward before the first runs backward."""
+    model = model_of("sid")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    cp = context_parallel(model.config, group)
+    losses = [model(**cp.shard(batch_of(*layout))).loss for layout in (("packed", 64), ("padded", 24))]
+    for loss in losses:
+        loss.backward()
+    found = gradients(model)
+    for x in found.values():
+        distributed.all_reduce(x)
+    return found
+
+
+def counted(group: Any) -> dict[tuple[str, int, int], Any]:
+    """(model, length, ranks) -> bytes this rank got from others in the forward and the backward pass."""
+    received = 0
+    gather, swap = exchange._all_gather, distributed.all_to_all_single
+
+    def counting_gather(out: Tensor, x: Tensor, **kwargs: Any):
+        nonlocal received
+        received += (out.numel() - x.numel()) * x.itemsize
+        return gather(out, x, **kwargs)
+
+    def counting_swap(out: Tensor, x: Tensor, sizes: Any = None, sent: Any = None, **kwargs: Any):
+        nonlocal received
+        own = out.numel() // group.size() if sizes is None else sizes[group.get_local_rank()]
+        received += (out.numel() - own) * x.itemsize
+        return swap(out, x, sizes, sent, **kwargs)
+
+    found = {}
+    with mock.patch.object(exchange, "_all_gather", counting_gather):
+        with mock.patch.object(distributed, "all_to_all_single", counting_swap):
+            for name, length in COUNTED:
+                model = model_of(name).float()
+                cp = context_parallel(model.config, group)
+                received = 0
+                loss = model(**cp.shard(batch_of("packed", length))).loss
+                forward, received = received, 0
+                loss.backward()
+                found[name, length, cp.ranks] = (forward, received)
+    return found
+
+
+def half_precision(group: Any) -> dict[str, Tensor]:
+    """The gradients of what each rank gathered and fetched in bfloat16, and what they must add up to."""
+    rank, ranks = group.get_local_rank(), group.size()
+    draw = torch.Generator().manual_seed(rank)
+    x = torch.randn(2, 3, 5, generator=draw).bfloat16().requires_grad_()
+    where = (rank, ranks, group.get_group().group_name)
+    before = exchange.gather_before(x, *where)
+    (halo,) = exchange.fetch_halo([x], [7], *where)
+    weights = [torch.randn(y.shape, generator=draw).bfloat16() for y in (before, halo)]
+    results = {"x": x.detach(), "before": before.detach(), "halo": halo.detach()}
+    for name, y, weight in zip(("gathered", "fetched"), (before, halo), weights, strict=True):
+        (results[f"{name}_gradient"],) = torch.autograd.grad(y, x, weight)
+        results[f"{name}_weight"] = weight
+    return results
 
 
 def main(rank: int, folder: Path) -> None:
@@ -104,15 +215,16 @@ def main(rank: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
     )
     halves = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))["cp"]
-    groups = {2: halves, 4: init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))}
-    results: dict[Any, Any] = {}
-    for name, layout, length in CASES:
-        model = model_of(name)
-        for ranks, group in groups.items():
-            cp = context_parallel(model.config, group)
-            assert (cp.rank, cp.ranks) == (rank % ranks, ranks)
-            results[name, layout, length, ranks] = run(model, cp, batch_of(layout, length))
+    whole = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("cp",))
+    results = {
+        "parity": parity(halves, whole),
+        "how": {name: how(name, whole) for name in HOW},
+        "interleaved": interleaved(whole),
+        "counted": counted(halves) | counted(whole),
+        "half": half_precision(whole),
+    }
     torch.save(results, folder / f"rank{rank}.pt")
+    gc.collect()  # what FSDP made holds on to the group, whose threads must end before the process does
     distributed.barrier()
     distributed.destroy_process_group()
 

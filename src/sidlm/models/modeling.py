@@ -174,9 +174,9 @@ class SidModel(SidPreTrainedModel):
             doc_ids: (B, past + T) ints; tokens of different documents do not see each other, negative is padding. It
                 must not lie inside a document where that is not looked for: without a cache, if there is no
                 attention_mask or the model is compiled.
-            sequence_shard: of rows that are parts of longer sequences, where the mixers get what is in front of them: an
-                object with ``update`` as of a cache and ``positions_before(T)``, how many positions that is; doc_ids
-                counts them. See :mod:`sidlm.parallel.context`.
+            sequence_shard: for rows that are parts of longer sequences, where the mixers get what is in front of them:
+                an object with ``update`` as of a cache and ``positions_before(T)``, how many positions that is, which
+                doc_ids then counts as past. See :mod:`sidlm.parallel.context`.
             past_key_values: a cache to continue from, ``DynamicCache(config=model.config)``.
             use_cache: whether to return a cache; by default config.use_cache in evaluation and no in training.
             kwargs: what collators add (cu_seq_lens, ...) repeats position_ids and is not read.

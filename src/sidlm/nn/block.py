@@ -34,8 +34,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """x: (B, T, hidden_size) -> the same shape. The other arguments go to the mixer as they are.
 
-        sequence_shard: what takes the cache's place where rows are parts of longer sequences. A name of its own, because
-        transformers' activation checkpointing drops past_key_values.
+        sequence_shard: what takes the cache's place where rows are parts of longer sequences. It has a name of its own
+        because transformers' activation checkpointing drops past_key_values.
         """
         passed = {
             "cache": past_key_values if sequence_shard is None else sequence_shard,

@@ -1,8 +1,9 @@
 """How context parallelism cuts a sequence: 2R chunks over R ranks, rank i holds chunks i and 2R - 1 - i.
 
-A query sees what is before it, so a late chunk costs more than an early one; one of each end costs every rank the same
-(Llama 3, arXiv 2407.21783, section 3.3.2). A rank's two chunks are two rows of its batch, so that every layer sees rows
-of one chunk each, with the positions before it as keys in front: what a cache looks like. Pure arithmetic, no processes.
+A query sees what is before it, so a late chunk costs more than an early one; one of each end costs every rank the
+same (Llama 3, arXiv 2407.21783, section 3.3.2). A rank's two chunks are two rows of its batch: every layer sees rows of
+one chunk each, with the positions before it as keys in front, which is what a cache looks like. Nothing here
+communicates.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """Context parallelism: one sequence over several processes, as Llama 3 does it (arXiv 2407.21783, section 3.3.2).
 
-Each rank runs the whole model on its two chunks of every row (chunks.py). Only mixers look at other positions: a layer of
-full attention gathers the keys and values of the sequence, a sliding or 2-simplicial one fetches a halo of as many
+Each rank runs the whole model on its two chunks of every row (chunks.py). Only mixers look at other positions: a layer
+of full attention gathers the keys and values of the sequence, a sliding or 2-simplicial one fetches a halo of as many
 positions as its windows reach back (exchange.py). To the mixers this is a cache whose past lies on other ranks. Any
 document mask works, since the documents of all positions in front come along.
 """
@@ -108,11 +108,8 @@ class ContextParallel:
         else:
             before = fetch_halo(pairs, [w - 1 for w in window], *where)
             joined = [torch.cat(parts, dim=1) for parts in zip(before, pairs, strict=True)]
-        split = [x.transpose(1, 2).chunk(2, dim=-1) for x in joined]
-        if len(split) == 1:
-            return split[0]
-        (k, v), (k2, v2) = split
-        return (k, k2), (v, v2)
+        keys, values = zip(*(x.transpose(1, 2).chunk(2, dim=-1) for x in joined), strict=True)
+        return (keys[0], values[0]) if k2 is None else (keys, values)
 
     @torch.no_grad()
     def join(self, x: Tensor, length: int) -> Tensor:

@@ -1,24 +1,28 @@
 """The two exchanges of context parallelism, each one node to autograd, torch.compile and activation checkpointing.
 
-``gather_before`` gives every chunk all positions before it (full attention), ``fetch_halo`` a window of them (sliding and
-2-simplicial attention). Rows are those of :func:`sidlm.parallel.chunks.cut`: a rank's two chunks of row b are its rows 2b
-and 2b + 1. A group travels by its name, as in torch's functional collectives.
+``gather_before`` gives every chunk all positions before it (full attention), ``fetch_halo`` a window of them (sliding
+and 2-simplicial attention). Rows are those of :func:`sidlm.parallel.chunks.cut`: a rank's two chunks of row b are its
+rows 2b and 2b + 1. A group travels by its name, as in torch's functional collectives.
 
 Gradients go back by all-to-all and are added in float32 in the order of the ranks: the bytes of a reduce-scatter in
 the inputs' dtype, but each part is rounded once and the sum once, and the bits are the same every time.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
 from sidlm.parallel.chunks import Piece, halo_length, halo_pieces
 
-
-# torch 2.13 renamed it
+# torch renamed it in 2.13
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+
+
+def _named(group: Any) -> ProcessGroup:
+    return _resolve_process_group(group)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,7 +32,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def gather_rows(x: Tensor, ranks: int, group: str) -> Tensor:
     """(2B, C, ...) -> (R, 2B, C, ...), every rank's rows. Not differentiable."""
     parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    _all_gather(parts, x.contiguous(), group=_resolve_process_group(group))
+    _all_gather(parts, x.contiguous(), group=_named(group))
     return parts.unflatten(0, (ranks, -1))
 
 
@@ -61,7 +65,7 @@ def scatter_before(grad: Tensor, rank: int, ranks: int, group: str) -> Tensor:
     chunks[: rank + 1] += given[:, 0, -rank - 1 :].transpose(0, 1)
     parts = torch.stack((chunks[:ranks], chunks[ranks:].flip(0)), dim=2).to(grad.dtype)  # (R, B, 2, C, ...)
     received = torch.empty_like(parts)
-    distributed.all_to_all_single(received, parts, group=_resolve_process_group(group))
+    distributed.all_to_all_single(received, parts, group=_named(group))
     return received.sum(dim=0, dtype=high).to(grad.dtype).flatten(0, 1)
 
 
@@ -93,7 +97,7 @@ def _move(
     sources: list[Tensor], targets: list[Tensor], halos: list[int], size: int, rank: int, ranks: int, group: str, *,
     back: bool,
 ) -> None:  # fmt: skip
-    """Add pieces of sources to targets, each (B, 2, ...): from chunks to halos, or back; a rank's own need no message."""
+    """Add pieces of sources to targets, each (B, 2, ...): from chunks to halos, or back. Its own need no message."""
     read, write = (_taken, _held) if back else (_held, _taken)
 
     def pieces(sender: int, receiver: int) -> Iterator[tuple[int, Piece]]:
@@ -114,7 +118,7 @@ def _move(
     like = sources[0]
     message = torch.cat([like.new_empty(0), *(part.flatten() for parts in outgoing for part in parts)])
     received = like.new_empty(sum(sizes))
-    distributed.all_to_all_single(received, message, sizes, sent, group=_resolve_process_group(group))
+    distributed.all_to_all_single(received, message, sizes, sent, group=_named(group))
     places = [place for places in incoming for place in places]
     for place, part in zip(places, received.split([place.numel() for place in places]), strict=True):
         place += part.view(place.shape)
