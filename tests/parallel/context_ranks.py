@@ -139,8 +139,8 @@ def how(name: str, group: Any) -> dict[str, Any]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     elif name == "reentrant":
         model.gradient_checkpointing_enable({"use_reentrant": True})
-    elif name == "compiled":
-        for block in model.model.layers:
+    elif name == "compiled" and cp.rank % 2:  # the others are not, and both understand each other
+        for block in model.model.layers[:2]:
             block.compile(backend="aot_eager", fullgraph=True)
     elif name == "sharded":
         for module in (*model.model.layers, model):

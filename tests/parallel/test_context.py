@@ -107,6 +107,14 @@ def test_halos_move_less_than_an_all_gather():
         assert sum(x.forward for x in traffic) == sum(x.backward for x in traffic)
 
 
+@pytest.mark.parametrize("length", [8, 24, 64, 1000])
+def test_a_halo_never_moves_more_than_an_all_gather(length):
+    for rank in range(4):
+        for name in ("windows", "sid"):
+            for layer in layer_traffic(model_of(name).config, batch=1, length=length, rank=rank, ranks=4):
+                assert max(layer.forward, layer.backward) <= layer.gathered
+
+
 def test_half_precision_gradients_are_added_in_float32(results):
     """Each rank's part is rounded once, and the sum once: bit for bit what that says."""
     found = [result["half"] for result in results]

@@ -83,7 +83,7 @@ class ContextParallel:
         cuts = {name: cut(batch[name], self.rank, self.ranks, fill) for name, fill in FILL.items() if name in batch}
         before = self.positions_before(chunk_length(t, self.ranks))
         documents = cut_documents(doc_ids, self.rank, self.ranks, before)
-        return batch | cuts | {"doc_ids": documents, "sequence_shard": self, "use_cache": False}
+        return batch | cuts | {"doc_ids": documents, "sequence_shard": self}
 
     def positions_before(self, length: int) -> int:
         """Positions in front of chunks of `length` that some layer looks at on this rank."""
