@@ -86,7 +86,9 @@ def run(args: argparse.Namespace, arm: str, seed: int, results: "Results") -> No
     row |= {"command": without_folders(row["command"]), "device": results.facts["device"]}
     row["commit"] = results.facts["git_revision"]
     row["valid"] = [{"step": r["step"]} | r["valid"]["all"] for r in records if "valid" in r]
-    row["sparsity"] = [{"step": r["step"]} | r["sparsity"] for r in records if "sparsity" in r]
+    measured = [{"step": r["step"]} | r["sparsity"] for r in records if "sparsity" in r]
+    row["sparsity"] = [*measured[:-1:5], *measured[-1:]]
+    row["loss"], row["loss_every"] = row["loss"][::10], 10
     print(f"{arm} seed {seed}: {row['valid'][-1]['loss']:.4f} nats per token", flush=True)
     results.add(row | {"config": config})
 
@@ -111,7 +113,8 @@ class Results:
             self.runs.append(row)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_name(self.path.name + ".tmp")
-            new.write_text(json.dumps({"facts": self.facts, "runs": self.runs}, indent=1) + "\n")
+            runs = ",\n".join(map(json.dumps, self.runs))
+            new.write_text(f'{{"facts": {json.dumps(self.facts)},\n"runs": [\n{runs}\n]}}\n')
             new.replace(self.path)
 
 
