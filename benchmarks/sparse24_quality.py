@@ -75,7 +75,9 @@ def train_words(args: argparse.Namespace, arm: str, seed: int) -> tuple[list[str
     words += ["--data.train", *args.train, "--data.valid", args.valid, "--data.tokenizer", args.tokenizer]
     words += ["--train.seed", str(seed), "--train.out", str(out), "--train.device", args.device]
     words += ["--samples.prompts", "--validation.documents", "96", "--validation.characters", "6000"]
-    return [*words, *base_words(args)], out
+    own = {"--optim.lr": args.squared_relu_lr, "--optim.down_proj_lr_scale": args.down_proj_lr_scale}
+    own_words = [word for key, value in own.items() if value and arm != "swiglu" for word in (key, str(value))]
+    return [*words, *base_words(args), *own_words], out
 
 
 def run(args: argparse.Namespace, arm: str, seed: int, results: "Results") -> None:
@@ -208,6 +210,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", help="another size than the config's")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="model fields of every arm")
     parser.add_argument("--precision", choices=["bf16", "fp8"], help="mlp_precision of every squared-ReLU arm")
+    parser.add_argument("--squared-relu-lr", type=float, help="optim.lr of every squared-ReLU arm")
+    parser.add_argument("--down-proj-lr-scale", type=float, help="optim.down_proj_lr_scale of every squared-ReLU arm")
     parser.add_argument("--warmup", type=int, default=1000, help="dense steps of the arms that have them")
     parser.add_argument("--train", nargs="+", default=[])
     parser.add_argument("--valid")
