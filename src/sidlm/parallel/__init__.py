@@ -1,0 +1,1 @@
+"""Sharding of a built model over processes; the model does not know."""
