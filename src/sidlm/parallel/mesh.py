@@ -1,0 +1,102 @@
+"""The mesh of all processes and its parts, in the paper's order [TP, CP, PP, DP] from the innermost out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sidlm.errors import SidError
+
+DIMENSIONS = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
+"""Outermost first: neighbouring ranks differ in tp, whose traffic needs the fastest links (Llama 3, section 3.3.2)"""
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+"""Device type -> the backend of torch.distributed for it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How many processes split what; the product is the number of processes.
+
+    Raises SidError for a number that is none.
+    """
+
+    dp_replicate: int = 1
+    """groups that hold the same shards of the weights and see other tokens (the outer dimension of HSDP)"""
+    dp_shard: int = -1
+    """processes that split the weights (FSDP) and see other tokens; -1: as many as are left"""
+    pp: int = 1
+    """pipeline stages, which split the layers"""
+    cp: int = 1
+    """context parallelism: processes that split every sequence, and the weights together with dp_shard"""
+    tp: int = 1
+    """tensor parallelism: processes that split every matrix, by heads, features and vocabulary"""
+
+    def __post_init__(self) -> None:
+        for name in DIMENSIONS:
+            value = getattr(self, name)
+            if value < 1 and not (name == "dp_shard" and value == -1):
+                lowest = "at least 1, or -1 for what is left" if name == "dp_shard" else "at least 1"
+                raise SidError(f"parallel.{name} must be {lowest}, got {value}")
+
+    def sizes(self, world: int) -> dict[str, int]:
+        """Processes along each dimension, outermost first. Raises SidError unless they multiply to `world`."""
+        sizes = {name: getattr(self, name) for name in DIMENSIONS}
+        others = math.prod(size for name, size in sizes.items() if name != "dp_shard")
+        if self.dp_shard == -1:
+            if world % others:
+                product = _product({name: size for name, size in sizes.items() if name != "dp_shard"})
+                raise SidError(f"parallel: {product}, which does not divide the {world} processes")
+            sizes["dp_shard"] = world // others
+        elif others * self.dp_shard != world:
+            raise SidError(f"parallel: {_product(sizes)}, but there are {world} processes")
+        return sizes
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return f"{' x '.join(f'{name} {size}' for name, size in sizes.items())} = {math.prod(sizes.values())}"
+
+
+def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
+    """The mesh of all processes with the dimensions DIMENSIONS, those of size 1 too; every process calls it.
+
+    The default process group must exist: gloo, NCCL, or torch's fake one, under which one process plans for thousands.
+    Raises SidError for sizes that do not multiply to the number of processes, or a device type that is not known.
+    """
+    if device_type not in BACKENDS:
+        raise SidError(f"device type must be one of {', '.join(BACKENDS)}, got {device_type!r}")
+    if not dist.is_initialized():
+        raise SidError("there is no process group: start the processes with torchrun")
+    sizes = config.sizes(dist.get_world_size())
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=DIMENSIONS)
+
+
+def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """What `fully_shard` takes: dp_shard and cp as one dimension, and dp_replicate outside it if that is above 1."""
+    shard = mesh["dp_shard", "cp"]._flatten("fsdp")
+    # slicing the root by a flattened name is deprecated; FSDP itself joins meshes like this
+    return shard if mesh["dp_replicate"].size() == 1 else DeviceMesh._concatenate([mesh["dp_replicate"], shard])
+
+
+def batch_share(mesh: DeviceMesh) -> tuple[int, int]:
+    """(index, count): which of how many parts of the rows of a batch this process reads."""
+    count = mesh["dp_shard"].size()
+    return (
+        mesh.get_local_rank("dp_replicate") * count + mesh.get_local_rank("dp_shard"),
+        mesh["dp_replicate"].size() * count,
+    )
+
+
+@torch.no_grad()
+def sum_over_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A copy of x summed over the processes that see other tokens, those of dp_replicate, dp_shard and cp.
+
+    The number of labelled tokens before the forward pass, and the loss for the log after it.
+    """
+    total = x.detach().clone()
+    dist.all_reduce(total, group=mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens").get_group())
+    return total
