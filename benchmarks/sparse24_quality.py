@@ -75,7 +75,9 @@ def train_words(args: argparse.Namespace, arm: str, seed: int) -> tuple[list[str
     words += ["--data.train", *args.train, "--data.valid", args.valid, "--data.tokenizer", args.tokenizer]
     words += ["--train.seed", str(seed), "--train.out", str(out), "--train.device", args.device]
     words += ["--samples.prompts", "--validation.documents", "96", "--validation.characters", "6000"]
-    return [*words, *base_words(args)], out
+    own = {"--optim.lr": args.squared_relu_lr, "--optim.down_proj_lr_scale": args.down_proj_lr_scale}
+    own_words = [word for key, value in own.items() if value and arm != "swiglu" for word in (key, str(value))]
+    return [*words, *base_words(args), *own_words], out
 
 
 def run(args: argparse.Namespace, arm: str, seed: int, results: "Results") -> None:
@@ -86,7 +88,9 @@ def run(args: argparse.Namespace, arm: str, seed: int, results: "Results") -> No
     row |= {"command": without_folders(row["command"]), "device": results.facts["device"]}
     row["commit"] = results.facts["git_revision"]
     row["valid"] = [{"step": r["step"]} | r["valid"]["all"] for r in records if "valid" in r]
-    row["sparsity"] = [{"step": r["step"]} | r["sparsity"] for r in records if "sparsity" in r]
+    measured = [{"step": r["step"]} | r["sparsity"] for r in records if "sparsity" in r]
+    row["sparsity"] = [*measured[:-1:5], *measured[-1:]]
+    row["loss"], row["loss_every"] = row["loss"][::10], 10
     print(f"{arm} seed {seed}: {row['valid'][-1]['loss']:.4f} nats per token", flush=True)
     results.add(row | {"config": config})
 
@@ -111,7 +115,8 @@ class Results:
             self.runs.append(row)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_name(self.path.name + ".tmp")
-            new.write_text(json.dumps({"facts": self.facts, "runs": self.runs}, indent=1) + "\n")
+            runs = ",\n".join(map(json.dumps, self.runs))
+            new.write_text(f'{{"facts": {json.dumps(self.facts)},\n"runs": [\n{runs}\n]}}\n')
             new.replace(self.path)
 
 
@@ -205,6 +210,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", help="another size than the config's")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="model fields of every arm")
     parser.add_argument("--precision", choices=["bf16", "fp8"], help="mlp_precision of every squared-ReLU arm")
+    parser.add_argument("--squared-relu-lr", type=float, help="optim.lr of every squared-ReLU arm")
+    parser.add_argument("--down-proj-lr-scale", type=float, help="optim.down_proj_lr_scale of every squared-ReLU arm")
     parser.add_argument("--warmup", type=int, default=1000, help="dense steps of the arms that have them")
     parser.add_argument("--train", nargs="+", default=[])
     parser.add_argument("--valid")

@@ -79,6 +79,18 @@ def test_a_run_of_two_steps_and_its_table(script, files, tmp_path, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_squared_relu_may_have_learning_rates_of_its_own(script, monkeypatch):
+    module, _ = script
+    words = ["--json", "x", "--replot", "--config", str(NANO), "--squared-relu-lr", "0.5"]
+    words += ["--train", "t", "--valid", "v", "--tokenizer", "t", "--settings", "--optim.lr", "1"]
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    args = module.arguments()
+    rates = {
+        arm: module.load_config(args.config, module.train_words(args, arm, 0)[0][1:]).optim.lr for arm in module.ARMS
+    }
+    assert rates == dict.fromkeys(module.ARMS, 0.5) | {"swiglu": 1}
+
+
 def test_it_goes_on_where_it_was_cut(script, files, tmp_path, monkeypatch, capsys):
     module, run = script
     done = []
@@ -90,7 +102,7 @@ def test_it_goes_on_where_it_was_cut(script, files, tmp_path, monkeypatch, capsy
         (out / "model").mkdir(parents=True)
         (out / "model/config.json").write_text(json.dumps(preset("nano").to_dict()))
         loss = {"all": {"loss": 2.0 + len(done), "bits_per_byte": 1.0}}
-        headline = {"command": module.shlex.join(["sid", "train", *words]), "steps": 2}
+        headline = {"command": module.shlex.join(["sid", "train", *words]), "steps": 2, "loss": [3.0, 2.0]}
         return headline, [{"step": 2, "valid": loss}]
 
     monkeypatch.setattr(module, "trained", trained)

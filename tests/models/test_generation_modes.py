@@ -1,5 +1,7 @@
 """Every way to generate against loops that recompute the whole prefix and choose by rules written here anew."""
 
+import copy
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -57,6 +59,15 @@ GREEDY = {
 def test_greedy(model, mode):
     prompt = torch.tensor([REPEATING])
     assert torch.equal(generate(model, prompt, **GREEDY[mode]), naive(model, prompt, greedy))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [*GREEDY, "offloaded"])
+def test_greedy_on_a_gpu(model, mode):
+    """With the kernels, and the caches that need a device."""
+    model, prompt = copy.deepcopy(model).cuda(), torch.tensor([REPEATING], device="cuda")
+    options = GREEDY.get(mode, {"cache_implementation": mode})
+    assert torch.equal(generate(model, prompt, **options), naive(model, prompt, greedy))
 
 
 @pytest.mark.parametrize("mode", ["cache", "no cache", "chunks of 5", "static", "static, chunks"])

@@ -167,3 +167,18 @@ def test_the_policy_reaches_torchaos_float8_on_a_gpu(monkeypatch):
     for _, config in asked:
         assert config.activation_value_ub == 900.0 and config.activation_value_lb > 0
         assert config.granularity == [PerRow(), PerRow()] and config.weight_dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.gpu
+def test_torchaos_rows_on_a_gpu_are_the_emulated_ones():
+    model = model_of().to("cuda", torch.bfloat16)
+    plain = copy.deepcopy(model.model.layers)
+    done = quantize_feed_forward(model.model.layers, "float8")
+    assert done.implementation == "torchao float8 rows"
+    for path in done.layers:
+        linear = plain.get_submodule(path)
+        x = torch.nn.functional.pad(rows(3000.0, torch.bfloat16), (0, 48))[:, : linear.in_features].cuda()
+        got, want = model.model.layers.get_submodule(path)(x), EmulatedFloat8Linear(linear)(x)
+        assert not got[4].any()  # a token without activations
+        torch.testing.assert_close(got, want, rtol=2 * 2**-8, atol=2**-12 * want.abs().max().item())
+    assert model(IDS.cuda()).logits.isfinite().all()

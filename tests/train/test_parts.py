@@ -11,7 +11,7 @@ from sidlm.errors import SidError
 from sidlm.train import hardware
 from sidlm.train.config import OptimConfig
 from sidlm.train.metrics import JsonLines, read_json_lines
-from sidlm.train.optim import clip_gradients, make_optimizer, optimizer_tensors
+from sidlm.train.optim import clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.schedule import ScheduleConfig, learning_rate, warmup_steps
 
 
@@ -67,6 +67,19 @@ def test_state_made_at_once_is_what_torch_makes():
     assert set(optimizer_tensors(model, optimizer)) == {
         f"{name}.{key}" for name, _ in model.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")
     }
+
+
+def test_down_projections_have_a_learning_rate_of_their_own():
+    block = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in ("up_proj", "down_proj")})
+    model = nn.ModuleDict({"mlp": block})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.0, down_proj_lr_scale=0.25))
+    set_learning_rate(optimizer, 0.5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # the first step of Adam is the learning rate
+    for name, step in (("mlp.up_proj.weight", 0.5), ("mlp.down_proj.weight", 0.125)):
+        torch.testing.assert_close(before[name] - model.get_parameter(name), torch.full((3, 3), step))
 
 
 def test_clipping():

@@ -58,6 +58,8 @@ class OptimConfig:
 
     lr: float = 1e-3
     """peak learning rate"""
+    down_proj_lr_scale: float = 1.0
+    """learning rate of the last matrices of feed-forward layers, in multiples of lr; squared ReLU may want 0.1"""
     beta1: float = 0.9
     """decay of the first moment"""
     beta2: float = 0.95
@@ -204,8 +206,9 @@ def check(cfg: RunConfig) -> None:
     for key, low in at_least.items():
         if not flat[key] >= low:
             raise SidError(f"{key} must be at least {low}, got {flat[key]}")
-    if not flat["optim.lr"] > 0:
-        raise SidError(f"optim.lr must be above 0, got {cfg.optim.lr}")
+    for key in ("optim.lr", "optim.down_proj_lr_scale"):
+        if not flat[key] > 0:
+            raise SidError(f"{key} must be above 0, got {flat[key]}")
     for key in ("optim.beta1", "optim.beta2"):
         if not 0 <= flat[key] < 1:
             raise SidError(f"{key} must be in [0, 1), got {flat[key]}")

@@ -13,16 +13,26 @@ from sidlm.train.config import OptimConfig
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     """AdamW with decay on the weights of >= 2 dimensions only, fused where torch has the fused kernel.
 
+    `cfg.down_proj_lr_scale` is the `lr_scale` of the group of the feed-forward layers' last matrices, 1 elsewhere.
+
     The state of every parameter is created here, at step 0, instead of on first use: a checkpoint then always holds
     the same names, also for experts that got no token yet.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((p.ndim >= 2, ".down_proj" in name), []).append(p)
+    trained = [p for group in groups.values() for p in group]
     fused = all(p.device.type in ("cpu", "cuda", "xpu") and p.is_floating_point() for p in trained)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
+    settings = [
+        {
+            "params": parameters,
+            "weight_decay": cfg.weight_decay if matrix else 0.0,
+            "lr_scale": cfg.down_proj_lr_scale if down else 1.0,
+        }
+        for (matrix, down), parameters in groups.items()
+    ]
+    optimizer = torch.optim.AdamW(settings, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
     for p in trained:
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu"),
@@ -43,9 +53,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` for every parameter from the next step on."""
+    """Use `lr` from the next step on, times its `lr_scale` for a group that has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
