@@ -1,4 +1,4 @@
-"""The one arrow: cli -> serve -> {train, post, evaluate, scaling} -> {data, parallel, models} -> nn -> ops."""
+"""The one arrow: cli -> serve -> {train, post, evaluate, scaling} -> parallel -> {data, models} -> nn -> ops."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import sidlm
 
 ROOT = Path(sidlm.__file__).parent
 LAYER = {"cli": 6, "serve": 5, "train": 4, "post": 4, "evaluate": 3, "scaling": 3}
-LAYER |= {"data": 2, "parallel": 2, "models": 2, "nn": 1, "ops": 0}
+LAYER |= {"parallel": 3, "data": 2, "models": 2, "nn": 1, "ops": 0}
 # the loop validates, and the server speaks post's chat format: train is above evaluate, and serve above post
 LEAVES = {"errors", "__init__"}
 
@@ -46,6 +46,10 @@ def test_an_upward_import_is_found(tmp_path):
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / "bad.py").write_text("def f():\n    from sidlm.models import x\n")
     assert violations(tmp_path) == ["ops/bad.py imports models"]
+
+
+def test_parallel_does_not_know_data():
+    assert not [path for path in (ROOT / "parallel").rglob("*.py") if "data" in imported(path)]
 
 
 def test_nn_and_ops_do_not_know_transformers():

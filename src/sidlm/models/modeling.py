@@ -157,6 +157,7 @@ class SidModel(SidPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        sequence_shard: Any = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -174,29 +175,38 @@ class SidModel(SidPreTrainedModel):
             doc_ids: (B, past + T) ints; tokens of different documents do not see each other, negative is padding. It
                 must not lie inside a document where that is not looked for: without a cache, if there is no
                 attention_mask or the model is compiled.
+            sequence_shard: for rows that are parts of longer sequences, where the mixers get what is in front of them:
+                an object with ``update`` as of a cache and ``positions_before(T)``, how many positions that is, which
+                doc_ids then counts as past. See :mod:`sidlm.parallel.context`.
             past_key_values: a cache to continue from, ``DynamicCache(config=model.config)``.
             use_cache: whether to return a cache; by default config.use_cache in evaluation and no in training.
             kwargs: what collators add (cu_seq_lens, ...) repeats position_ids and is not read.
 
         Raises:
-            ValueError: shapes that disagree, a 4-D attention_mask, a cache of another kind, attentions asked for.
+            ValueError: shapes that disagree, a 4-D attention_mask, a cache of another kind, attentions asked for, a
+                sequence_shard without doc_ids and position_ids, or with a cache.
         """
         self._check_request(input_ids, inputs_embeds, output_attentions)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layer_types = self.config.layer_types
         assert layer_types is not None  # filled in by SidConfig
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and sequence_shard is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             check_cache(past_key_values, layer_types)
+        if sequence_shard is not None and (past_key_values is not None or doc_ids is None or position_ids is None):
+            raise ValueError("a sequence_shard needs doc_ids and position_ids, and no cache")
         # of what was given: a plan that splits the sequence between processes leaves part of it in x
         b, t = (x if input_ids is None else input_ids).shape[:2]
-        context = self._context((b, t), x.device, attention_mask, position_ids, doc_ids, past_key_values)
+        past = 0 if past_key_values is None else _cached(past_key_values)
+        if sequence_shard is not None:
+            past = sequence_shard.positions_before(t)
+        context = self._context((b, t, past), x.device, attention_mask, position_ids, doc_ids, past_key_values)
         positions = self.rotary(context.position_ids, b)
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        cache = None if past_key_values is None else readable(past_key_values, _cached(past_key_values) + t)
+        cache = None if past_key_values is None else readable(past_key_values, past + t)
         states = [x]
         for layer, layer_type in zip(self.layers, layer_types, strict=True):
             simplicial = layer_type == "simplicial_attention"
@@ -204,6 +214,7 @@ class SidModel(SidPreTrainedModel):
                 x,
                 positions,
                 past_key_values=cache,
+                sequence_shard=sequence_shard,
                 mask=context.masks.get(layer_type),
                 doc_ids=context.doc_ids if simplicial else None,
                 impl="eager" if simplicial and context.holes else None,
@@ -226,11 +237,10 @@ class SidModel(SidPreTrainedModel):
             raise ValueError("output_attentions: Sid's attention never forms its weights, so it cannot return them")
 
     def _context(
-        self, shape: tuple[int, int], device: torch.device, attention_mask: Tensor | None, position_ids: Tensor | None,
-        doc_ids: Tensor | None, cache: Any,
+        self, shape: tuple[int, int, int], device: torch.device, attention_mask: Tensor | None,
+        position_ids: Tensor | None, doc_ids: Tensor | None, cache: Any,
     ) -> Context:  # fmt: skip
-        b, t = shape
-        past = 0 if cache is None else _cached(cache)
+        b, t, past = shape
         padding = _padding(attention_mask, b, past + t)
         told = position_ids is not None
         if told:
@@ -245,7 +255,7 @@ class SidModel(SidPreTrainedModel):
         if given:
             if tuple(doc_ids.shape) != (b, past + t):
                 raise ValueError(
-                    f"doc_ids must be ({b}, {past + t}), {past} cached and {t} new positions, "
+                    f"doc_ids must be ({b}, {past + t}), {past} earlier and {t} new positions, "
                     f"got {tuple(doc_ids.shape)}"
                 )
         elif told and t > 1:

@@ -27,11 +27,21 @@ class Block(nn.Module):
         positions: Positions,
         *,
         past_key_values: Any = None,
+        sequence_shard: Any = None,
         mask: Any = None,
         doc_ids: Tensor | None = None,
         impl: str | None = None,
     ) -> Tensor:
-        """x: (B, T, hidden_size) -> the same shape. The other arguments go to the mixer as they are."""
-        passed = {"cache": past_key_values, "mask": mask, "doc_ids": doc_ids, "impl": impl}
+        """x: (B, T, hidden_size) -> the same shape. The other arguments go to the mixer as they are.
+
+        sequence_shard: what takes the cache's place where rows are parts of longer sequences. It has a name of its own
+        because transformers' activation checkpointing drops past_key_values.
+        """
+        passed = {
+            "cache": past_key_values if sequence_shard is None else sequence_shard,
+            "mask": mask,
+            "doc_ids": doc_ids,
+            "impl": impl,
+        }
         x = x + self.self_attn(self.input_layernorm(x), positions, **passed)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -1,1 +1,1 @@
-"""Sharding plans that are applied to a built model from outside; the model does not know of them."""
+"""Sharding of a built model over processes; the model does not know."""

@@ -92,11 +92,24 @@ def batch_share(mesh: DeviceMesh) -> tuple[int, int]:
 
 
 @torch.no_grad()
+def sum_over_rows(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A copy of x summed over the processes that read other rows, those of dp_replicate and dp_shard.
+
+    For the number of labelled tokens of a batch, before the forward pass.
+    """
+    return _sum(x, mesh["dp_replicate", "dp_shard"]._flatten("rows"))
+
+
+@torch.no_grad()
 def sum_over_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """A copy of x summed over the processes that see other tokens, those of dp_replicate, dp_shard and cp.
 
-    The number of labelled tokens before the forward pass, and the loss for the log after it.
+    For the loss of a batch: each process has that of its tokens, divided by the labelled tokens of all.
     """
+    return _sum(x, mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens"))
+
+
+def _sum(x: Tensor, line: DeviceMesh) -> Tensor:
     total = x.detach().clone()
-    dist.all_reduce(total, group=mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens").get_group())
+    dist.all_reduce(total, group=line.get_group())
     return total

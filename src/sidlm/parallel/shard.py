@@ -1,18 +1,18 @@
-"""All plans over one model: tensor parallelism, activation checkpointing, compiled blocks, FSDP2, in this order."""
+"""All plans over one model: context and tensor parallelism, compiled and recomputed blocks, FSDP2, in this order."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from sidlm.errors import SidError
+from sidlm.parallel.context import context_parallel
 from sidlm.parallel.mesh import fsdp_mesh
 from sidlm.parallel.tensor import apply_tensor_parallel
 
@@ -49,33 +49,59 @@ class ShardConfig:
 def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) -> None:
     """Apply every plan to a built model, in place, over the mesh of `build_mesh`; names of parameters stay.
 
-    Afterwards parameters are DTensors and gradients are SUMS over the processes: divide a process's loss by the number
-    of labelled tokens in the whole batch (`sum_over_tokens`), as num_items_in_batch. Make the optimizer afterwards.
+    Afterwards parameters are DTensors, and the model takes the rows that `batch_share` gives this process, the same on
+    all processes of cp and tp: it cuts sequences by itself. Its loss is that of this process's tokens, and gradients
+    are SUMS over the processes: divide by the labelled tokens of the whole batch (`sum_over_rows`), which is the
+    argument num_items_in_batch; `sum_over_tokens` gives the loss of the batch. Make the optimizer afterwards.
 
     Every process must hold the same weights, or meta ones: then call ``model.to_empty(device=...)`` and load a
     checkpoint. pp is not looked at: the model may be a stage of a pipeline.
 
     Raises SidError for sizes that do not divide by the mesh.
     """
+    if mesh["cp"].size() > 1:
+        cut_sequences(model, mesh["cp"])
     if mesh["tp"].size() > 1:
+        # what DTensor sums a norm of gradients over, in one message instead of one for each dimension
+        mesh["dp_shard", "cp", "tp"]._flatten("shards")
         apply_tensor_parallel(
             model, mesh["tp"], sequence_parallel=config.sequence_parallel, loss_parallel=config.loss_parallel
         )
     blocks: list[nn.Module] = list(model.model.layers)
+    if config.compile:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
     if config.checkpoint_activations:
         for block in blocks:
             checkpoint_block(block)
-    if config.compile:
-        for block in blocks:
-            block.compile()
     shard(model, fsdp_mesh(mesh), precision=config.precision, reshard_after_forward=config.reshard_after_forward)
+
+
+def cut_sequences(model: SidForCausalLM, mesh: DeviceMesh) -> None:
+    """Let each call of a model with whole rows compute this process's part of them: context parallelism over mesh.
+
+    Arguments are those of `ContextParallel.shard`, by name.
+    """
+    part = context_parallel(model.config, mesh)
+
+    def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        if args:
+            raise ValueError("context parallelism takes the model's arguments by name")
+        kept = {name: kwargs.pop(name) for name in ("use_cache", "return_dict") if name in kwargs}
+        return (), part.shard(kwargs) | kept
+
+    model.register_forward_pre_hook(cut, with_kwargs=True)
 
 
 def checkpoint_block(block: nn.Module) -> None:
     """Compute a block's activations again in the backward pass; modules and names stay as they are."""
-    # no block draws random numbers, and keeping their state costs a wait for the device
-    again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    block.forward = again
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        # no block draws random numbers, and keeping their state costs a wait for the device
+        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    block.forward = forward
 
 
 def shard(model: SidForCausalLM, mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool) -> None:

@@ -50,7 +50,7 @@ def apply_tensor_parallel(
     stream = Shard(1) if sequence_parallel else Replicate()
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     plan: dict[str, ParallelStyle] = {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
+        "model.embed_tokens": _Embedding(stream),
         "model.norm": _Norm(stream, Replicate()),
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
     }
@@ -96,6 +96,27 @@ def _layer_plan(layer: Any, stream: Placement) -> dict[str, ParallelStyle]:
         return plan | {"mlp": _OwnProducts(stream)}
     plan["mlp.down_proj"] = RowwiseParallel(output_layouts=stream)
     return plan | {f"mlp.{name}": ColwiseParallel() for name in ("gate_proj", "up_proj") if hasattr(layer.mlp, name)}
+
+
+class _Embedding(ParallelStyle):
+    """An embedding by rows of its table. The output is waited for, other than with torch's RowwiseParallel.
+
+    A compiled block whose input is a tensor still on its way gives it no gradient (torch 2.13): the embedding would
+    not learn, without a word.
+    """
+
+    def __init__(self, stream: Placement):
+        super().__init__()
+        self.stream = stream
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _distribute(module, "weight", device_mesh, Shard(0))
+        module.register_forward_pre_hook(lambda _, args: (_as_dtensor(args[0], device_mesh, Replicate()),))
+        module.register_forward_hook(lambda _, args, out: self._sum(out))
+        return module
+
+    def _sum(self, out: Any) -> Tensor:
+        return out.redistribute(placements=[self.stream]).to_local()
 
 
 class _Norm(ParallelStyle):

@@ -46,7 +46,7 @@ def attention_mask(
     """
     device = torch.device(device)
     plain = doc_ids is None and (window is None or kv_len <= window)
-    training = torch.is_grad_enabled() and q_len == kv_len and q_len % FLEX_BLOCK == 0
+    training = torch.is_grad_enabled() and q_len % FLEX_BLOCK == 0
     if impl is None and not plain and device.type == "cuda" and training:
         impl = "flex"
     impl = dispatch.choose("attention", IMPLEMENTATIONS, impl, device, torch.float32)
