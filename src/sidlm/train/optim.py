@@ -63,7 +63,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # of sharded gradients it is a DTensor, whose parts are to be added once
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    full_tensor = getattr(norm, "full_tensor", None)
+    norm = norm if full_tensor is None else full_tensor()
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
