@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from sidlm import ops
 from sidlm.models import SidConfig, SidForCausalLM
+from sidlm.parallel.config import ParallelConfig
 from sidlm.parallel.loss import vocab_parallel_cross_entropy
-from sidlm.parallel.mesh import ParallelConfig, batch_share, build_mesh, sum_over_rows, sum_over_tokens
+from sidlm.parallel.mesh import batch_share, build_mesh, sum_over_rows, sum_over_tokens
 from sidlm.parallel.shard import ShardConfig, parallelize
 from sidlm.parallel.tensor import apply_tensor_parallel
 from sidlm.train.config import OptimConfig

@@ -11,8 +11,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sidlm.errors import SidError
 from sidlm.models import SidConfig, SidForCausalLM
+from sidlm.parallel.config import DIMENSIONS, ParallelConfig
 from sidlm.parallel.loss import vocab_parallel_cross_entropy
-from sidlm.parallel.mesh import DIMENSIONS, ParallelConfig, batch_share, build_mesh, fsdp_mesh
+from sidlm.parallel.mesh import batch_share, build_mesh, fsdp_mesh
 from sidlm.parallel.shard import ShardConfig, parallelize
 from sidlm.parallel.tensor import apply_tensor_parallel, check_sizes
 
