@@ -165,7 +165,7 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
     except Exception as error:
         if rank:  # the first process says what all of them have found
             time.sleep(HEAD_START)
-        if store.add("sid/failed", 1) > 1:
+        if _spoken(store, error):
             time.sleep(LAST_WORDS)
             raise SystemExit(1) from error
         if isinstance(error, SidError) and rank:
@@ -174,6 +174,14 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
     finally:
         gc.collect()  # what FSDP made holds on to the group, whose threads must end before the process does
         dist.destroy_process_group()
+
+
+def _spoken(store: dist.Store, error: Exception) -> bool:
+    """Whether another process says what went wrong."""
+    try:
+        return store.add("sid/failed", 1) > 1
+    except dist.DistError:  # the first process kept the store and has ended: a mistake is one that it found too
+        return isinstance(error, SidError)
 
 
 def check_rows(cfg: RunConfig) -> None:
