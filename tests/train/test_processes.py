@@ -18,8 +18,8 @@ from sidlm.train.metrics import read_json_lines
 PROGRAM = Path(__file__).with_name("process_runs.py")
 CHANGES = {"train.steps": 4, "schedule.warmup_steps": 0, "validation.every": 2, "validation.documents": 4}
 SIZES = {"data.vocab_size": 521, "model.set": [
-    "hidden_size=32", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=8", "num_hidden_layers=4",
-    "intermediate_size=48", "simplicial_window=[8,4]",
+    "hidden_size=32", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=8", "num_hidden_layers=2",
+    "intermediate_size=48", "simplicial_window=[8,4]", "layer_types=[full_attention,simplicial_attention]",
 ]}  # fmt: skip
 MESHES = {
     "fsdp4": {"train.micro_batch_size": 1},
