@@ -8,13 +8,14 @@ import sys
 import time
 
 from sidlm.errors import SidError
+from sidlm.parallel.config import launched
 from sidlm.train.config import load_config
 
 
 def main(argv: list[str]) -> int:
     """Run the command; 0, or 128 + the signal that ended the run early (its checkpoint is written)."""
     path, settings = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    first = os.environ.get("RANK", "0") == "0"
+    first = not launched() or os.environ["RANK"] == "0"
     try:
         cfg = load_config(path, settings)
     except SidError:
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     if not first:
         return 128 + result.signal if result.signal else 0
     if result.signal:
-        again = shlex.join(["sid", "train", *argv])
+        again = "the same torchrun command" if launched() else shlex.join(["sid", "train", *argv])
         print(
             f"sid: stopped by signal {result.signal} after step {result.step}; continue with: {again}", file=sys.stderr
         )

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from sidlm.errors import SidError
 
 DIMENSIONS = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
 """Outermost first: neighbouring ranks differ in tp, whose traffic needs the fastest links (Llama 3, section 3.3.2)"""
+
+TOLD_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables from which a process knows the others"""
+
+
+def launched() -> bool:
+    """Whether torchrun, or what speaks its language, started this process."""
+    return all(name in os.environ for name in TOLD_BY_TORCHRUN)
 
 
 @dataclass(frozen=True, kw_only=True)

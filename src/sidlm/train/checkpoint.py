@@ -76,7 +76,10 @@ def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, kee
     step = state["step"]
     target = folder / f"step-{step:08d}"
     if _rank():
-        _write_tensors(_agreed(None) / "tensors", tensors)
+        try:
+            _write_tensors(_agreed(None) / "tensors", tensors)
+        except CheckpointException as error:  # of any process; the first one has the whole story
+            raise SidError(f"could not write {target}") from error
         return target
     folder.mkdir(parents=True, exist_ok=True)
     need = sum(t.numel() * t.element_size() for t in tensors.values())

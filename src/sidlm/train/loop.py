@@ -27,6 +27,7 @@ from torch import nn
 from sidlm import __version__
 from sidlm.errors import SidError
 from sidlm.nn.moe import MoEFeedForward
+from sidlm.parallel.config import launched
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.build import Text, build_model, open_text, spread
 from sidlm.train.config import RunConfig, check, to_yaml
@@ -351,10 +352,14 @@ class SpeedMeter:
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into `signal`, to be looked at between steps; the second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into `signal`, to be looked at between steps; the second one acts as usual.
+
+    Not so under torchrun, which sends one again at once to those that the terminal sent it, and kills in the end.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.patient = launched()
         self.former: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -364,7 +369,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        if not self.patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self.former.items():

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sidlm.errors import SidError
+from sidlm.parallel.config import launched
 from sidlm.train import hardware
 from sidlm.train.config import RunConfig
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
-TOLD_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for the others, who may wait for the first one to validate or to export"""
 
@@ -122,11 +122,6 @@ class Processes:
         return copy
 
 
-def launched() -> bool:
-    """Whether torchrun, or what speaks its language, started this process."""
-    return all(name in os.environ for name in TOLD_BY_TORCHRUN)
-
-
 def local_device(cfg: RunConfig) -> torch.device:
     """train.device; of several processes on a machine with GPUs each has its own."""
     device = hardware.resolve_device(cfg.train.device)
@@ -171,9 +166,9 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
         if isinstance(error, SidError) and rank:
             raise SidError(f"process {rank}: {error}") from error
         raise
-    finally:
-        gc.collect()  # what FSDP made holds on to the group, whose threads must end before the process does
-        dist.destroy_process_group()
+    # not after an error: NCCL would wait for what the others have not begun
+    gc.collect()  # what FSDP made holds on to the group, whose threads must end before the process does
+    dist.destroy_process_group()
 
 
 def _spoken(store: dist.Store, error: Exception) -> bool:
