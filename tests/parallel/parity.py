@@ -1,4 +1,4 @@
-"""Every plan against one process, in float64, in four gloo processes: FOLDER [more]. test_parity.py starts it.
+"""Every plan against one process, in float64, in four gloo processes: FOLDER [more | eight]. test_parity.py starts it.
 
 Plans over two processes run as two copies. Results are relative errors by case and tensor.
 """
@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": MIXED, "simplicial_form": "determinant", "simplicial_position": "rotation",
         "simplicial_k2_bias": 0.0,
     },
+    "experts": {"layer_types": ["full_attention"] * 2, "num_local_experts": 4, "num_hidden_layers": 2},
     # the features that stay dense are chosen by each process among its own, so none here
     "sparse": {"layer_types": MIXED, "mlp_type": "squared_relu", "mlp_sparsity": "2:4", "mlp_dense_features": 0.0},
 }  # fmt: skip
@@ -207,6 +208,7 @@ MORE = {
     "hsdp 2x2 trilinear": lambda: planned("trilinear", {"dp_replicate": 2}),
     "tp2 x fsdp2 llama": lambda: planned("llama", {"tp": 2}),
     "tp2 x fsdp2 determinant, whole stream": lambda: planned("determinant", {"tp": 2}, sequence_parallel=False),
+    "cp2 x fsdp2 experts": lambda: planned("experts", {"cp": 2}),
     "cp2 x replicate2 determinant": lambda: planned("determinant", {"cp": 2, "dp_replicate": 2}),
     "cp4 llama": lambda: planned("llama", {"cp": 4}),
     "cp2 x tp2 tied, recomputed": lambda: planned("tied", {"cp": 2, "tp": 2}, checkpoint_activations=True),
@@ -215,26 +217,37 @@ MORE = {
         "trilinear", {"cp": 2, "tp": 2}, checkpoint_activations=True
     ),
 }
+EIGHT = {
+    "tp2 x cp2 x fsdp2 llama": lambda: planned("llama", {"cp": 2, "tp": 2}),
+    "tp2 x cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}, checkpoint_activations=True),
+    "tp2 x cp2 x replicate2 determinant": lambda: planned("determinant", {"cp": 2, "tp": 2, "dp_replicate": 2}),
+    "tp2 x fsdp2 x replicate2 tied": lambda: planned("tied", {"tp": 2, "dp_replicate": 2}),
+    "cp2 x fsdp2 x replicate2 trilinear": lambda: planned("trilinear", {"cp": 2, "dp_replicate": 2}),
+}
+SETS = {"more": MORE, "eight": EIGHT}
 
 
 def main(rank: int, folder: Path) -> None:
     errors: dict[str, dict[str, float]] = {}
-    cases = MORE if sys.argv[2:] == ["more"] else CASES
+    cases = SETS[sys.argv[2]] if sys.argv[2:] else CASES
     for case, compute in cases.items():
         found = compute()
         expected = alone(next(name for name in MODELS if name in case))
         assert found.keys() == expected.keys(), case
         errors[case] = {name: relative(found[name], x) for name, x in expected.items()}
-    errors |= {f"loss of {rows} rows": loss_of_rows(rows) for rows in (131, 5)}
-    gathered: list[Any] = [None] * RANKS
-    distributed.all_gather_object(gathered, (errors, half_precision()))
+    half = {}
+    if cases is CASES:
+        errors |= {f"loss of {rows} rows": loss_of_rows(rows) for rows in (131, 5)}
+        half = half_precision()
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, (errors, half))
     if rank == 0:
         worst = {case: {name: max(e[case][name] for e, _ in gathered) for name in errors[case]} for case in errors}
-        results = {"errors": worst, "half": [half for _, half in gathered]}
+        results = {"errors": worst, "half": [x for _, x in gathered]}
         (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
     for model in MODELS:
         alone(model)  # before the fork, so that it is done once
-    sys.exit(run(main, RANKS, Path(sys.argv[1])))
+    sys.exit(run(main, 8 if sys.argv[2:] == ["eight"] else RANKS, Path(sys.argv[1])))

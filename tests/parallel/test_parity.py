@@ -42,7 +42,8 @@ def test_half_precision_is_as_good_as_torch_alone(results):
 
 
 @pytest.mark.slow
-def test_other_mixes_and_compiled_blocks(tmp_path):
-    for case, errors in results_of(tmp_path, "more")["errors"].items():
+@pytest.mark.parametrize("cases", ["more", "eight"])
+def test_other_mixes_compiled_blocks_and_eight_processes(tmp_path, cases):
+    for case, errors in results_of(tmp_path, cases)["errors"].items():
         for name, error in errors.items():
             assert error <= TOLERANCE, f"{case}: {name}"
