@@ -1,9 +1,12 @@
 """`sid train` in four processes on several meshes: the same run as in one process, also when it goes on on another."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,31 @@ def test_a_batch_that_cannot_be_spread(tmp_path, config, monkeypatch, changes, m
     monkeypatch.setattr(processes.dist, "get_world_size", lambda: 4)
     with pytest.raises(SidError, match=message):
         processes.check_rows(config(tmp_path, **changes))
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_the_steps_since_the_checkpoint(tmp_path, argv):
+    """torchrun starts all processes again, and the run ends bit for bit as an undisturbed one."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    changes = SIZES | {"train.steps": 24, "checkpoint.every": 4, "validation.every": 0, "parallel.tp": 2}
+
+    def start(name, *options):
+        command = [*launcher, *options, "-m", "sidlm.cli.main", "train", *argv(tmp_path / name, **changes)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait(300) == 0
+    process, metrics = start("killed", "--max-restarts", "2"), tmp_path / "killed/metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 10):
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert process.wait(300) == 0
+    assert (tmp_path / "killed/command.txt").read_text().count("#") == 2  # it was started twice
+    whole, killed = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+    assert [(r["step"], r["loss"]) for r in killed] == [(r["step"], r["loss"]) for r in whole]
+    whole, killed = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(killed[key], value) for key, value in whole.items())
 
 
 def test_one_process_cannot_be_two(tmp_path, argv, capsys):
