@@ -54,8 +54,8 @@ def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) ->
     are SUMS over the processes: divide by the labelled tokens of the whole batch (`sum_over_rows`), which is the
     argument num_items_in_batch; `sum_over_tokens` gives the loss of the batch. Make the optimizer afterwards.
 
-    Every process must hold the same weights, or meta ones: then call ``model.to_empty(device=...)`` and load a
-    checkpoint. pp is not looked at: the model may be a stage of a pipeline.
+    Every process must hold the same weights, or meta ones: then call ``model.to_empty(device=...)``, load a checkpoint,
+    and zero the `expert_counts` of experts, which are in none. The mesh's pp is not looked at.
 
     Raises SidError for sizes that do not divide by the mesh.
     """
