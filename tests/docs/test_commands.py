@@ -32,6 +32,7 @@ NOT_RUN = {
     "python -m venv": "makes an environment; continuous integration installs into one",
     ". .venv/bin/activate": "goes with python -m venv",
     "pip install": "needs the network; continuous integration installs the package itself",
+    "torchrun": "several processes; tests/train/test_processes.py runs them",
     "make": "continuous integration runs the targets themselves",
     "sid demo": "trains for minutes; tests/cli/test_demo.py runs it with fewer steps",
     "sid chat": "reads from a terminal; tests/cli/test_chat.py drives it",

@@ -36,7 +36,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def argv(corpus, cache):
     """argv(out, **{"train.steps": 4}) -> the command line of a tiny run."""
 

@@ -1,5 +1,6 @@
 """SidModel and SidForCausalLM: transformers classes around sidlm.nn."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -197,10 +198,15 @@ class SidModel(SidPreTrainedModel):
             check_cache(past_key_values, layer_types)
         if sequence_shard is not None and (past_key_values is not None or doc_ids is None or position_ids is None):
             raise ValueError("a sequence_shard needs doc_ids and position_ids, and no cache")
-        context = self._context(x, attention_mask, position_ids, doc_ids, past_key_values, sequence_shard)
-        positions = self.rotary(context.position_ids, x.shape[0])
+        # of what was given: a plan that splits the sequence between processes leaves part of it in x
+        b, t = (x if input_ids is None else input_ids).shape[:2]
+        past = 0 if past_key_values is None else _cached(past_key_values)
+        if sequence_shard is not None:
+            past = sequence_shard.positions_before(t)
+        context = self._context((b, t, past), x.device, attention_mask, position_ids, doc_ids, past_key_values)
+        positions = self.rotary(context.position_ids, b)
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        cache = None if past_key_values is None else readable(past_key_values, _cached(past_key_values) + x.shape[1])
+        cache = None if past_key_values is None else readable(past_key_values, past + t)
         states = [x]
         for layer, layer_type in zip(self.layers, layer_types, strict=True):
             simplicial = layer_type == "simplicial_attention"
@@ -231,20 +237,17 @@ class SidModel(SidPreTrainedModel):
             raise ValueError("output_attentions: Sid's attention never forms its weights, so it cannot return them")
 
     def _context(
-        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, doc_ids: Tensor | None, cache: Any,
-        shard: Any,
+        self, shape: tuple[int, int, int], device: torch.device, attention_mask: Tensor | None,
+        position_ids: Tensor | None, doc_ids: Tensor | None, cache: Any,
     ) -> Context:  # fmt: skip
-        b, t = x.shape[:2]
-        past = 0 if cache is None else _cached(cache)
-        if shard is not None:
-            past = shard.positions_before(t)
+        b, t, past = shape
         padding = _padding(attention_mask, b, past + t)
         told = position_ids is not None
         if told:
             if position_ids.ndim != 2 or position_ids.shape[0] not in (1, b) or position_ids.shape[1] != t:
                 raise ValueError(f"position_ids must be ({b} or 1, {t}), got {tuple(position_ids.shape)}")
         elif padding is None:
-            position_ids = torch.arange(past, past + t, device=x.device).unsqueeze(0)
+            position_ids = torch.arange(past, past + t, device=device).unsqueeze(0)
         else:
             # a left-padded row counts from its first real token, as transformers' generate does
             position_ids = ((~padding).cumsum(dim=1) - 1).clamp_min(0)[:, past:]
@@ -267,7 +270,7 @@ class SidModel(SidPreTrainedModel):
             window = self.config.sliding_window if layer_type == "sliding_attention" else None
             length = t + (past if window is None else min(past, window - 1))
             ids = None if doc_ids is None else doc_ids[:, -length:]
-            masks[layer_type] = ops.attention_mask(t, length, window=window, doc_ids=ids, device=x.device)
+            masks[layer_type] = ops.attention_mask(t, length, window=window, doc_ids=ids, device=device)
         # looking waits for the device, as it did above for padding and for a cache
         look = "simplicial_attention" in (self.config.layer_types or ()) and (padding is not None or cache is not None)
         return Context(position_ids, doc_ids, masks, look and _has_holes(doc_ids, past))
@@ -277,6 +280,8 @@ class SidForCausalLM(SidPreTrainedModel, GenerationMixin):
     """Language model: SidModel and an output head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    token_loss: Callable[..., Tensor] = staticmethod(ops.linear_cross_entropy)
+    """(hidden (N, d), weight (V, d), labels (N,)) -> their summed NLL; a plan that splits the head puts its own here"""
 
     def __init__(self, config: SidConfig):
         super().__init__(config)
@@ -350,7 +355,7 @@ class SidForCausalLM(SidPreTrainedModel, GenerationMixin):
     def _fused_loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"shift_labels must be {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
-        total = ops.linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        total = self.token_loss(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
         if num_items is None:
             # a batch of ignored labels only has loss 0, not 0 / 0
             num_items = (labels >= 0).sum().clamp_min(1)

@@ -102,7 +102,7 @@ def check_recipe(intermediate_size: int, sparsity: str | None, precision: str | 
 
 
 def plain_weight(layer: nn.Module, name: str) -> Tensor:
-    """The weight of an nn.Linear.
+    """The weight of an nn.Linear; of one that tensor parallelism split, the part that this process holds.
 
     Raises ValueError for anything else, an adapter or a quantised layer: what it does besides would be lost silently.
     """
@@ -112,7 +112,9 @@ def plain_weight(layer: nn.Module, name: str) -> Tensor:
             f"{name} is a {type(layer).__name__}{bias}: a sparse or low-precision feed-forward layer takes "
             "nn.Linear layers without bias, whose weights it multiplies itself"
         )
-    return layer.weight
+    # a DTensor is known by this method: importing torch's class of it would make every start slower
+    to_local = getattr(layer.weight, "to_local", None)
+    return layer.weight if to_local is None else to_local()
 
 
 FEED_FORWARDS = {"swiglu": SwiGLUFeedForward, "squared_relu": SquaredReLUFeedForward}

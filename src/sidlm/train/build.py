@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from sidlm.errors import SidError
 from sidlm.train.config import RunConfig
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from sidlm.data.loader import Loader
     from sidlm.data.sources import Document
     from sidlm.data.tokenizer import Tokenizer
@@ -31,17 +33,23 @@ class Text:
     fingerprint: str
 
 
-def open_text(cfg: RunConfig, *, resumed: bool) -> Text:
-    """Open the data of a run; a resumed one keeps the tokenizer in its folder. Raises SidError for bad sources."""
+def open_text(
+    cfg: RunConfig, *, resumed: bool, share: tuple[int, int] = (0, 1), log: Callable[[str], None] | None = print
+) -> Text:
+    """Open the data of a run; a resumed one keeps the tokenizer in its folder. Raises SidError for bad sources.
+
+    share: (index, count), which part of the rows of a batch this process reads.
+    """
     from sidlm.data import Loader, Tokenizer, open_data, prepare_tokenizer
 
     folder = Path(cfg.train.out) / "tokenizer"
     settings = cfg.data
     if cfg.model.init_from and not settings.tokenizer:
         settings = dataclasses.replace(settings, tokenizer=str(start_folder(cfg.model.init_from)))
-    tokenizer = Tokenizer.load(folder) if resumed else prepare_tokenizer(settings, folder, log=print)
-    data = open_data(cfg.data, tokenizer, log=print)
-    loader = Loader(data.train, batch_size=cfg.train.batch_size, seed=cfg.train.seed)
+    tokenizer = Tokenizer.load(folder) if resumed else prepare_tokenizer(settings, folder, log=log)
+    data = open_data(cfg.data, tokenizer, log=log)
+    rank, world = share
+    loader = Loader(data.train, batch_size=cfg.train.batch_size, seed=cfg.train.seed, rank=rank, world=world)
     valid = choose_documents(data.valid, cfg.validation.documents, cfg.validation.characters)
     return Text(loader, valid, tokenizer, data.train.fingerprint)
 
@@ -114,8 +122,15 @@ def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
         raise SidError(f"model vocab_size={config.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens")
 
 
-def compile_blocks(model: SidForCausalLM, mode: str, device: torch.device) -> None:
-    """Compile each block's forward in place (parameter names stay). "auto": on CUDA only, where it pays at once."""
-    if mode == "on" or (mode == "auto" and device.type == "cuda"):
-        for block in model.model.layers:
+def spread(
+    model: SidForCausalLM, cfg: RunConfig, mesh: DeviceMesh | None, device: torch.device, precision: str
+) -> None:
+    """Compile each block, in place (parameter names stay), and shard the model over a mesh. Before the optimizer."""
+    compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
+    if mesh is None:
+        for block in model.model.layers if compiled else ():
             block.compile()
+        return
+    from sidlm.parallel.shard import ShardConfig, parallelize
+
+    parallelize(model, mesh, ShardConfig(precision=precision, compile=compiled))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -68,17 +69,40 @@ def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, kee
 
     tensors: any shapes and dtypes. state: JSON values, with "step". Raises SidError naming the folder and the bytes
     where the disk is full; whatever fails, the checkpoints that were there stay and no half one gets a final name.
+
+    Of several processes all call it, each writes its parts of the tensors into the same folder, and the first one does
+    the rest.
     """
     step = state["step"]
+    target = folder / f"step-{step:08d}"
+    if _rank():
+        try:
+            _write_tensors(_agreed(None) / "tensors", tensors)
+        except CheckpointException as error:  # of any process; the first one has the whole story
+            raise SidError(f"could not write {target}") from error
+        return target
     folder.mkdir(parents=True, exist_ok=True)
     need = sum(t.numel() * t.element_size() for t in tensors.values())
-    with replacing(folder / f"step-{step:08d}", need) as temporary:
-        _write_tensors(temporary / "tensors", tensors)
+    with replacing(target, need) as temporary:
+        _write_tensors(_agreed(temporary) / "tensors", tensors)
         files = [_seal(path, temporary) for path in sorted((temporary / "tensors").iterdir())]
         _write_json(temporary / "state.json", {"format": FORMAT, **state, "files": files})
     for old in [path for number, path in _numbered(folder) if number <= step][keep:]:
         _remove(old)
-    return folder / f"step-{step:08d}"
+    return target
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _agreed(path: Path | None) -> Path:
+    """The first process's path, on all of them."""
+    paths = [path]
+    if dist.is_initialized():
+        dist.broadcast_object_list(paths)
+    assert paths[0] is not None
+    return paths[0]
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import yaml
 
 from sidlm.data.config import DataConfig
 from sidlm.errors import SidError
+from sidlm.parallel.config import ParallelConfig
 from sidlm.train.schedule import ScheduleConfig
 from sidlm.train.settings import (
     apply_settings,
@@ -93,7 +94,7 @@ class TrainConfig:
     batch_size: int = 16
     """rows of data.seq_len tokens in one optimizer step"""
     micro_batch_size: int = 0
-    """rows in one forward and backward pass, 0 = batch_size; the loss does not depend on it"""
+    """rows of a process in one forward and backward pass, 0 = all; the loss does not depend on it"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast over fp32 weights; auto: bf16 on CUDA, fp32 on a CPU"""
     device: str = "auto"
@@ -166,6 +167,8 @@ class RunConfig:
     """2:4 activation sparsity"""
     train: TrainConfig = field(default_factory=TrainConfig)
     """the loop"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """how the processes that torchrun starts share the work"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """when to save"""
     validation: ValidationConfig = field(default_factory=ValidationConfig)

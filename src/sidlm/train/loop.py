@@ -1,4 +1,4 @@
-"""The training loop. Read `train` from top to bottom: it is all there is to training a language model.
+"""The training loop. Read `run` from top to bottom: it is all there is to training a language model.
 
 Everything that could change a number is a pure function of the config and the step: the initial weights come from
 train.seed, the batch of a step from (seed, step), the learning rate and whether activations are sparse from the step.
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -26,12 +27,14 @@ from torch import nn
 from sidlm import __version__
 from sidlm.errors import SidError
 from sidlm.nn.moe import MoEFeedForward
-from sidlm.train import checkpoint, folder, hardware, sparsity
-from sidlm.train.build import build_model, compile_blocks, open_text
+from sidlm.parallel.config import launched
+from sidlm.train import checkpoint, folder, hardware, processes, sparsity
+from sidlm.train.build import Text, build_model, open_text, spread
 from sidlm.train.config import RunConfig, check, to_yaml
-from sidlm.train.metrics import RunLog, finite
+from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
+from sidlm.train.processes import Processes
 from sidlm.train.report import write_report
 from sidlm.train.schedule import learning_rate
 
@@ -76,81 +79,99 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
     """Train, or go on training, the run in cfg.train.out.
 
     on_step: called with each step's record (see metrics.py) after it was written.
+    Started by torchrun, all processes call it and share the work as cfg.parallel says; the first one writes.
     Raises SidError for anything a user can mend; the newest checkpoint stays intact in every case.
     """
     check(cfg)
+    with processes.started(cfg) as group, folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
+        return run(cfg, group, on_step)
+
+
+def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None) -> TrainResult:
+    """What `train` does, in one of its processes."""
     out = Path(cfg.train.out)
-    with folder.locked(out):
-        found = folder.find_resume(cfg)
-        device = hardware.resolve_device(cfg.train.device)
-        precision = hardware.resolve_precision(cfg.train.precision, device)
+    found = group.told(folder.find_resume(cfg) if group.first else None)
+    device = processes.local_device(cfg)
+    precision = hardware.resolve_precision(cfg.train.precision, device)
 
-        text = open_text(cfg, resumed=found is not None)
-        torch.manual_seed(cfg.train.seed)
-        model: Any = build_model(cfg, text.tokenizer, resumed=found is not None)
-        model.to(device).train()
-        optimizer = make_optimizer(model, cfg.optim)
-        tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
-        state = RunState()
-        if found is not None:
-            checkpoint.load(found, tensors)
-            state = restore_state(found, text.fingerprint)
-        sparse = sparsity.sparse_layers(model)
-        compile_blocks(model, cfg.train.compile, device)
+    with group.in_turn():
+        ready = found is not None or not group.first
+        text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
+    torch.manual_seed(cfg.train.seed)
+    model: Any = build_model(cfg, text.tokenizer, resumed=found is not None)
+    model.to(device).train()
+    spread(model, cfg, group.mesh, device, precision)
+    optimizer = make_optimizer(model, cfg.optim)
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
+    state = RunState()
+    if found is not None:
+        checkpoint.load(found, tensors)
+        state = restore_state(found, text.fingerprint)
+    sparse = sparsity.sparse_layers(model)
 
-        meter = SpeedMeter(model, cfg, hardware.peak_flops(device, precision))
-        folder.describe_run(cfg, hardware.environment(device) | meter.facts() | {"precision": precision})
-        stop = StopSignals()
-        loss: float | None = None
-        with stop, RunLog(out, step=state.step, total_steps=cfg.train.steps, log_every=cfg.train.log_every) as log:
-            log.say(headline(cfg, model, device, precision, text, meter, state))
-            if sparse:
-                log.say(sparsity.announcement(sparse, cfg.sparsity, cfg.train.steps))
-            for step, batch in prefetched(text.loader, state.step, cfg.train.steps):
-                started = time.perf_counter()
-                lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=cfg.train.steps)
-                set_learning_rate(optimizer, lr)
-                sparsity.switch(sparse, step, cfg.sparsity)
-                loss, norm = train_step(model, optimizer, batch, cfg, device, precision)
+    meter = SpeedMeter(model, cfg, hardware.peak_flops(device, precision), group.count)
+    stop = StopSignals()
+    loss: float | None = None
+    total_steps, log_every = cfg.train.steps, cfg.train.log_every
+    if group.first:
+        folder.describe_run(cfg, hardware.environment(device) | meter.facts() | group.facts(precision))
+        log = RunLog(out, step=state.step, total_steps=total_steps, log_every=log_every)
+    else:
+        log = NoLog()
+    with stop, log:
+        log.say(headline(cfg, model, device, precision, meter, state, group))
+        if sparse:
+            log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
+        for step, batch in prefetched(text.loader, state.step, total_steps):
+            started = time.perf_counter()
+            lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps)
+            set_learning_rate(optimizer, lr)
+            sparsity.switch(sparse, step, cfg.sparsity)
+            loss, norm = train_step(model, optimizer, batch, cfg, device, precision, group)
 
-                state.step = step + 1
-                state.tokens += batch.tokens.numel()
-                record: dict[str, Any] = {"step": state.step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
-                record |= {"tokens": state.tokens} | meter.measure(batch.tokens.numel(), time.perf_counter() - started)
-                if count_skipped(state, loss, norm):
-                    record["skipped"] = f"the loss is {loss}, the gradient norm {norm}"
+            tokens = batch.tokens.numel() * group.share[1]
+            state.step = step + 1
+            state.tokens += tokens
+            record: dict[str, Any] = {"step": state.step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
+            record |= {"tokens": state.tokens} | meter.measure(tokens, time.perf_counter() - started)
+            if count_skipped(state, loss, norm):
+                record["skipped"] = f"the loss is {loss}, the gradient norm {norm}"
 
-                last = state.step == cfg.train.steps
-                if sparse and due(state.step, cfg.train.log_every, last):
-                    record["sparsity"] = sparsity.measured(sparse)
-                if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
-                    state.valid = record["valid"] = validate(model, text, cfg, device, precision)
-                log.record(record)
-                if due(state.step, cfg.samples.every, last):
-                    write_samples(log, model, text.tokenizer, cfg, device, precision, state.step)
-                give_up_if_hopeless(state, cfg)
-                stopping = bool(stop.signal)
-                if due(state.step, cfg.checkpoint.every, last or stopping):
-                    log.sync()
-                    save_checkpoint(out, tensors, state, cfg, text.fingerprint)
-                if due(state.step, cfg.checkpoint.export_every, False):
-                    folder.export_model(out, model, text.tokenizer)
-                if on_step is not None:
-                    on_step(record)
-                if stopping:
-                    break
+            last = state.step == total_steps
+            if sparse and due(state.step, log_every, last):
+                record["sparsity"] = sparsity.measured(sparse)
+            if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
+                state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
+            log.record(record)
+            if cfg.samples.prompts and due(state.step, cfg.samples.every, last):
+                whole = whole_model(model, cfg, step, group)
+                if whole is not None:
+                    write_samples(log, whole, text.tokenizer, cfg, device, precision, state.step)
+            give_up_if_hopeless(state, cfg)
+            stop.signal = group.largest(stop.signal)
+            stopping = bool(stop.signal)
+            if due(state.step, cfg.checkpoint.every, last or stopping):
+                log.sync()
+                save_checkpoint(out, tensors, state, cfg, text.fingerprint)
+            if due(state.step, cfg.checkpoint.export_every, False):
+                export(out, model, text, group)
+            if on_step is not None and group.first:
+                on_step(record)
+            if stopping:
+                break
 
-        peak_memory = hardware.peak_memory_bytes(device)
-        finished = state.step == cfg.train.steps
-        if finished:
-            folder.export_model(out, model, text.tokenizer)
+    peak_memory = hardware.peak_memory_bytes(device)
+    finished = state.step == total_steps
+    if finished:
+        export(out, model, text, group)
+        if group.first:
             write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
-        return TrainResult(
-            step=state.step, loss=None if loss is None else finite(loss), valid=state.valid, tokens=state.tokens,
-            tokens_per_second=meter.tokens_per_second, peak_memory=peak_memory, out=out,
-            signal=0 if finished else stop.signal,
-        )  # fmt: skip
+    return TrainResult(
+        step=state.step, loss=None if loss is None else finite(loss), valid=state.valid, tokens=state.tokens,
+        tokens_per_second=meter.tokens_per_second, peak_memory=peak_memory, out=out,
+        signal=0 if finished else stop.signal,
+    )  # fmt: skip
 
 
 def train_step(
@@ -160,26 +181,31 @@ def train_step(
     cfg: RunConfig,
     device: torch.device,
     precision: str,
+    group: Processes,
 ) -> tuple[float, float]:
-    """One optimizer step on a global batch; (loss in nats per token, gradient norm before clipping).
+    """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
+    norm before clipping), the same on all processes.
 
     The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
     rows, total_rows = cfg.train.micro_batch_size or cfg.train.batch_size, batch.tokens.shape[0]
-    labelled = max(1, int((batch.labels != -100).sum()))
+    labelled = max(1, group.sum_rows(int((batch.labels != -100).sum())))
+    # a sharded model casts its weights itself, once for each time that it gathers them
+    autocast = "fp32" if group.mesh is not None else precision
     loss = torch.zeros((), device=device)
     for first in range(0, total_rows, rows):
         tokens, labels, positions, doc_ids = (
             t[first : first + rows].to(device) for t in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
         )
-        with hardware.autocast(device, precision):
+        with hardware.autocast(device, autocast):
             micro_loss = model(
                 input_ids=tokens, position_ids=positions, doc_ids=doc_ids, shift_labels=labels,
                 num_items_in_batch=labelled, use_cache=False,
             ).loss  # fmt: skip
         micro_loss.backward()
         loss += micro_loss.detach()
+    loss = group.sum_tokens(loss)
     norm = clip_gradients(model.parameters(), cfg.optim.clip_norm)
     ok = math.isfinite(loss.item()) and math.isfinite(norm.item())
     if ok:
@@ -187,6 +213,29 @@ def train_step(
     update_balance(model, ok)
     optimizer.zero_grad(set_to_none=True)
     return loss.item(), norm.item()
+
+
+def whole_model(model: Any, cfg: RunConfig, step: int, group: Processes) -> Any:
+    """The model as it is used in this step, whole: on the first process, None on others."""
+    whole = group.whole(model)
+    if whole is not None and whole is not model:
+        sparsity.switch(sparsity.sparse_layers(whole), step, cfg.sparsity)
+    return whole
+
+
+def validated(
+    model: Any, text: Text, cfg: RunConfig, device: torch.device, precision: str, step: int, group: Processes
+) -> dict[str, dict[str, float]]:
+    """The first process's `validate`, on all of them."""
+    whole = whole_model(model, cfg, step, group)
+    return group.told({} if whole is None else validate(whole, text, cfg, device, precision))
+
+
+def export(out: Path, model: Any, text: Text, group: Processes) -> None:
+    """The model as safetensors in the run folder."""
+    whole = group.whole(model)
+    if whole is not None:
+        folder.export_model(out, whole, text.tokenizer)
 
 
 def update_balance(model: Any, ok: bool) -> None:
@@ -251,7 +300,7 @@ def restore_state(found: checkpoint.Checkpoint, data_fingerprint: str) -> RunSta
 
 
 def headline(
-    cfg: RunConfig, model: Any, device: torch.device, precision: str, text: Any, meter: Any, state: Any
+    cfg: RunConfig, model: Any, device: torch.device, precision: str, meter: Any, state: Any, group: Processes
 ) -> str:
     """One line on what is about to happen."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -259,7 +308,7 @@ def headline(
     kind = f"started from {cfg.model.init_from}" if cfg.model.init_from else f"{cfg.model.preset}/{cfg.model.arch}"
     return (
         f"{cfg.train.out}: {kind}, {parameters / 1e6:.2f}M parameters, "
-        f"{precision} on {device}, {cfg.train.batch_size} x {cfg.data.seq_len} tokens a step, {start}; "
+        f"{precision} on {group.describe(device)}, {cfg.train.batch_size} x {cfg.data.seq_len} tokens a step, {start}; "
         f"peak: {meter.peak.source}"
     )
 
@@ -267,10 +316,10 @@ def headline(
 class SpeedMeter:
     """Tokens per second and MFU (model FLOPs of the achieved tokens over the device's peak)."""
 
-    def __init__(self, model: Any, cfg: RunConfig, peak: hardware.Peak) -> None:
+    def __init__(self, model: Any, cfg: RunConfig, peak: hardware.Peak, processes: int) -> None:
         from sidlm.models.flops import train_flops_per_token
 
-        self.peak = peak
+        self.peak, self.processes = peak, processes
         self.flops_per_token = train_flops_per_token(model.config, cfg.data.seq_len)
         self.steps = 0
         self.first = (0, 0.0)
@@ -284,7 +333,7 @@ class SpeedMeter:
         else:
             self.rest = (self.rest[0] + tokens, self.rest[1] + seconds)
         speed = tokens / seconds
-        mfu = speed * self.flops_per_token / self.peak.flops
+        mfu = speed * self.flops_per_token / (self.peak.flops * self.processes)
         return {"step_tokens": tokens, "seconds": seconds, "tokens_per_second": speed, "mfu": mfu}
 
     @property
@@ -303,10 +352,14 @@ class SpeedMeter:
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into `signal`, to be looked at between steps; the second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into `signal`, to be looked at between steps; the second one acts as usual.
+
+    Not so under torchrun, which sends one again at once to those that the terminal sent it, and kills in the end.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.patient = launched()
         self.former: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -316,7 +369,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        if not self.patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self.former.items():

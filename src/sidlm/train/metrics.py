@@ -114,6 +114,28 @@ class RunLog:
         self.progress.say(line)
 
 
+class NoLog:
+    """The log of a process that writes nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def record(self, record: Record) -> None:
+        pass
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+
 def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -11,7 +11,7 @@ import torch
 from sidlm.train.build import Text
 from sidlm.train.config import RunConfig
 from sidlm.train.hardware import autocast
-from sidlm.train.metrics import RunLog
+from sidlm.train.metrics import NoLog, RunLog
 
 if TYPE_CHECKING:
     from sidlm.data.tokenizer import Tokenizer
@@ -58,7 +58,13 @@ def validate(
 
 
 def write_samples(
-    log: RunLog, model: Any, tokenizer: Tokenizer, cfg: RunConfig, device: torch.device, precision: str, step: int
+    log: RunLog | NoLog,
+    model: Any,
+    tokenizer: Tokenizer,
+    cfg: RunConfig,
+    device: torch.device,
+    precision: str,
+    step: int,
 ) -> None:
     """Continue each prompt of the config and log the texts; the same step and seed give the same texts."""
     for index, prompt in enumerate(cfg.samples.prompts):

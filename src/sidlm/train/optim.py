@@ -62,6 +62,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients in place to at most `max_norm` (0: leave them) and return their global L2 norm before, fp32."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # of sharded gradients it is a DTensor, whose parts are to be added once
+    full_tensor = getattr(norm, "full_tensor", None)
+    norm = norm if full_tensor is None else full_tensor()
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -12,24 +12,24 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Logits held at once: what a CPU's cache takes gladly, and what fills a GPU."""
 
 
-def _chunks(tokens: int, vocab: int, chunk: int | None, device: torch.device) -> range:
+def chunks(tokens: int, vocab: int, chunk: int | None, device: torch.device) -> range:
     # fewer rows than this, and the products wait for the weight matrix instead of computing
     size = chunk or max(512, CHUNK_ELEMENTS.get(device.type, 1 << 26) // vocab)
     return range(0, tokens, size)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _high(dtype: torch.dtype) -> torch.dtype:
+def high_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _nll_and_probs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """NLL (n, 1) of target (n, 1), and the probabilities (n, V), written over the logits if the dtype is theirs."""
-    high = _high(logits.dtype)
+    high = high_dtype(logits.dtype)
     peak, where = logits.max(dim=1, keepdim=True)
     gap = peak.to(high) - logits.gather(1, target).to(high)
     probs = torch.softmax(logits, dim=1, dtype=high, out=logits if logits.dtype == high else None)
@@ -45,11 +45,11 @@ class _SumLoss(torch.autograd.Function):
         x, w = hidden.to(dtype).masked_fill(ignored, 0.0), weight.to(dtype)
         train_x, train_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if train_x else None
-        high = _high(dtype)
+        high = high_dtype(dtype)
         grad_w = torch.zeros(weight.shape, dtype=high, device=weight.device) if train_w else None
         ctx.dtypes = hidden.dtype, weight.dtype
         total = torch.zeros((), dtype=high, device=x.device)
-        steps = _chunks(len(x), len(w), chunk, x.device)
+        steps = chunks(len(x), len(w), chunk, x.device)
         logits = x.new_empty(min(steps.step, len(x)), len(w))
         for start in steps:
             part = slice(start, start + steps.step)
@@ -102,14 +102,14 @@ def linear_cross_entropy(
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = tuple(hidden.shape), tuple(weight.shape), tuple(labels.shape)
         raise ValueError("hidden {}, weight {} and labels {} must be (N, d), (V, d) and (N,)".format(*shapes))
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         if reduction == "sum":
             return _SumLoss.apply(hidden, weight, labels, chunk, dtype)
         if reduction != "none":
             raise ValueError(f'reduction is {reduction!r}, but must be "sum" or "none"')
         with torch.no_grad():
-            steps = _chunks(len(hidden), len(weight), chunk, hidden.device)
+            steps = chunks(len(hidden), len(weight), chunk, hidden.device)
             w, out = weight.to(dtype), []
             for start in steps:
                 part = slice(start, start + steps.step)

@@ -1,0 +1,63 @@
+"""How many processes split what. Imports no torch: a command's help reads it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from sidlm.errors import SidError
+
+DIMENSIONS = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
+"""Outermost first: neighbouring ranks differ in tp, whose traffic needs the fastest links (Llama 3, section 3.3.2)"""
+
+TOLD_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables from which a process knows the others"""
+
+
+def launched() -> bool:
+    """Whether torchrun, or what speaks its language, started this process."""
+    return all(name in os.environ for name in TOLD_BY_TORCHRUN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How many processes split what; the product is the number of processes.
+
+    Raises SidError for a number that is none.
+    """
+
+    dp_replicate: int = 1
+    """groups that hold the same shards of the weights and see other tokens (the outer dimension of HSDP)"""
+    dp_shard: int = -1
+    """processes that split the weights (FSDP) and see other tokens; -1: as many as are left"""
+    pp: int = 1
+    """pipeline stages, which split the layers"""
+    cp: int = 1
+    """context parallelism: processes that split every sequence, and the weights together with dp_shard"""
+    tp: int = 1
+    """tensor parallelism: processes that split every matrix, by heads, features and vocabulary"""
+
+    def __post_init__(self) -> None:
+        for name in DIMENSIONS:
+            value = getattr(self, name)
+            if value < 1 and not (name == "dp_shard" and value == -1):
+                lowest = "at least 1, or -1 for what is left" if name == "dp_shard" else "at least 1"
+                raise SidError(f"parallel.{name} must be {lowest}, got {value}")
+
+    def sizes(self, world: int) -> dict[str, int]:
+        """Processes along each dimension, outermost first. Raises SidError unless they multiply to `world`."""
+        sizes = {name: getattr(self, name) for name in DIMENSIONS}
+        others = math.prod(size for name, size in sizes.items() if name != "dp_shard")
+        if self.dp_shard == -1:
+            if world % others:
+                product = _product({name: size for name, size in sizes.items() if name != "dp_shard"})
+                raise SidError(f"parallel: {product}, which does not divide the {world} processes")
+            sizes["dp_shard"] = world // others
+        elif others * self.dp_shard != world:
+            raise SidError(f"parallel: {_product(sizes)}, but there are {world} processes")
+        return sizes
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return f"{' x '.join(f'{name} {size}' for name, size in sizes.items())} = {math.prod(sizes.values())}"

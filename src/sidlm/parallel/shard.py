@@ -1,0 +1,124 @@
+"""All plans over one model: context and tensor parallelism, compiled and recomputed blocks, FSDP2, in this order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from sidlm.errors import SidError
+from sidlm.parallel.context import context_parallel
+from sidlm.parallel.mesh import fsdp_mesh
+from sidlm.parallel.tensor import apply_tensor_parallel
+
+if TYPE_CHECKING:
+    from sidlm.models.modeling import SidForCausalLM
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """What `parallelize` does to a model on a mesh. Raises SidError for a value that is not known."""
+
+    sequence_parallel: bool = True
+    """with tp: split norms and the residual stream along the sequence"""
+    loss_parallel: bool = True
+    """with tp: compute the loss on each process's part of the vocabulary; else gather the head"""
+    precision: str = "bf16"
+    """of weights and activations in the forward and backward pass: fp32 or bf16. The weights that the optimizer sees
+    and the sum of gradients over processes are in the dtype of the model"""
+    reshard_after_forward: bool = False
+    """free a block's gathered weights after its forward pass and gather them again for its backward pass. Llama 3 keeps
+    them (section 3.3.2)"""
+    checkpoint_activations: bool = False
+    """keep only the inputs of blocks and compute the rest again in the backward pass"""
+    compile: bool = False
+    """compile each block"""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise SidError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) -> None:
+    """Apply every plan to a built model, in place, over the mesh of `build_mesh`; names of parameters stay.
+
+    Afterwards parameters are DTensors, and the model takes the rows that `batch_share` gives this process, the same on
+    all processes of cp and tp: it cuts sequences by itself. Its loss is that of this process's tokens, and gradients
+    are SUMS over the processes: divide by the labelled tokens of the whole batch (`sum_over_rows`), which is the
+    argument num_items_in_batch; `sum_over_tokens` gives the loss of the batch. Make the optimizer afterwards.
+
+    Every process must hold the same weights, or meta ones: then call ``model.to_empty(device=...)``, load a checkpoint,
+    and zero the `expert_counts` of experts, which are in none. The mesh's pp is not looked at.
+
+    Raises SidError for sizes that do not divide by the mesh.
+    """
+    if mesh["cp"].size() > 1:
+        cut_sequences(model, mesh["cp"])
+    if mesh["tp"].size() > 1:
+        # what DTensor sums a norm of gradients over, in one message instead of one for each dimension
+        mesh["dp_shard", "cp", "tp"]._flatten("shards")
+        apply_tensor_parallel(
+            model, mesh["tp"], sequence_parallel=config.sequence_parallel, loss_parallel=config.loss_parallel
+        )
+    blocks: list[nn.Module] = list(model.model.layers)
+    if config.compile:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
+    if config.checkpoint_activations:
+        for block in blocks:
+            checkpoint_block(block)
+    shard(model, fsdp_mesh(mesh), precision=config.precision, reshard_after_forward=config.reshard_after_forward)
+
+
+def cut_sequences(model: SidForCausalLM, mesh: DeviceMesh) -> None:
+    """Let each call of a model with whole rows compute this process's part of them: context parallelism over mesh.
+
+    Arguments are those of `ContextParallel.shard`, by name.
+    """
+    part = context_parallel(model.config, mesh)
+
+    def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        if args:
+            raise ValueError("context parallelism takes the model's arguments by name")
+        kept = {name: kwargs.pop(name) for name in ("use_cache", "return_dict") if name in kwargs}
+        return (), part.shard(kwargs) | kept
+
+    model.register_forward_pre_hook(cut, with_kwargs=True)
+
+
+def checkpoint_block(block: nn.Module) -> None:
+    """Compute a block's activations again in the backward pass; modules and names stay as they are."""
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        # no block draws random numbers, and keeping their state costs a wait for the device
+        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    block.forward = forward
+
+
+def shard(model: SidForCausalLM, mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool) -> None:
+    """FSDP2 over a 1-D mesh, HSDP over a 2-D one: each block is one group, embedding, norm and head another."""
+    weight = next(model.parameters())
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=weight.dtype,
+        # the first cast is that of the embedding; positions and their tables must stay float32
+        cast_forward_inputs=False,
+    )
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # the head's weight is used without calling the head, so it has to be in the root's group
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # each loss is divided by the tokens of all processes already; gloo has no reduction with a factor
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
