@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from sidlm import ops
 from sidlm.models import SidConfig, SidForCausalLM
-from sidlm.parallel.config import ParallelConfig
+from sidlm.parallel.config import ParallelConfig, PipelineConfig
 from sidlm.parallel.loss import vocab_parallel_cross_entropy
 from sidlm.parallel.mesh import batch_share, build_mesh, sum_over_rows, sum_over_tokens
+from sidlm.parallel.pipeline import Pipeline
 from sidlm.parallel.shard import ShardConfig, parallelize
 from sidlm.parallel.tensor import apply_tensor_parallel
 from sidlm.train.config import OptimConfig
@@ -79,20 +80,29 @@ def whole_of(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-def train(model: SidForCausalLM, share: tuple[int, int], mesh: DeviceMesh | None) -> dict[str, Tensor]:
-    """Loss, gradients and their norm of the first of two AdamW steps, and the weights after the second."""
+def train(
+    model: SidForCausalLM, share: tuple[int, int], mesh: DeviceMesh | None, pipeline: Pipeline | None = None,
+    micro_batch_size: int = 1,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Loss, gradients and their norm of the first of two AdamW steps, and the weights after the second.
+
+    Of pipeline stages only what this process holds.
+    """
     optimizer = make_optimizer(model, OptimConfig(lr=0.01, clip_norm=0.5))
     found: dict[str, Tensor] = {}
     for step in range(2):
         rows = {name: x.chunk(share[1])[share[0]] for name, x in batch(step).items()}
         labelled = (rows["shift_labels"] >= 0).sum()
         labelled = labelled if mesh is None else sum_over_rows(labelled, mesh)
-        loss = model(**rows, num_items_in_batch=labelled, use_cache=False).loss
-        loss.backward()
+        if pipeline is None:
+            loss = model(**rows, num_items_in_batch=labelled, use_cache=False).loss
+            loss.backward()
+        else:
+            loss = pipeline.step(rows, num_items_in_batch=int(labelled), micro_batch_size=micro_batch_size)
         if step == 0:
             found["loss"] = loss.detach() if mesh is None else sum_over_tokens(loss, mesh)
             found |= {f"grad {name}": whole_of(p.grad) for name, p in model.named_parameters()}
-        norm = clip_gradients(model.parameters(), 0.5)
+        norm = clip_gradients(model.parameters(), 0.5, pipeline)
         found.setdefault("norm", whole_of(norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -115,12 +125,17 @@ def tensor_parallel(name: str, ways: int, **settings: bool) -> dict[str, Tensor]
     return train(model, (0, 1), None)
 
 
-def planned(name: str, sizes: dict[str, int], **settings: Any) -> dict[str, Tensor]:
-    """`parallelize` over all processes."""
+def planned(name: str, sizes: dict[str, int], *, rows: int = 1, **settings: Any) -> dict[str, Tensor]:
+    """`parallelize` over all processes. rows: of a micro-batch, with pipeline stages."""
     mesh = build_mesh(ParallelConfig(**sizes), "cpu")
     model = build(name)
-    parallelize(model, mesh, ShardConfig(**({"precision": "fp32"} | settings)))
-    return train(model, batch_share(mesh), mesh)
+    pipeline = parallelize(model, mesh, ShardConfig(**({"precision": "fp32"} | settings)))
+    return train(model, batch_share(mesh), mesh, pipeline, rows)
+
+
+def staged(name: str, sizes: dict[str, int], *, rows: int = 1, **pipeline: Any) -> dict[str, Tensor]:
+    """The same with settings of the pipeline."""
+    return planned(name, sizes, rows=rows, pipeline=PipelineConfig(**pipeline))
 
 
 def compiled(name: str, sizes: dict[str, int], **settings: Any) -> dict[str, Tensor]:
@@ -224,7 +239,14 @@ EIGHT = {
     "tp2 x fsdp2 x replicate2 tied": lambda: planned("tied", {"tp": 2, "dp_replicate": 2}),
     "cp2 x fsdp2 x replicate2 trilinear": lambda: planned("trilinear", {"cp": 2, "dp_replicate": 2}),
 }
-SETS = {"more": MORE, "eight": EIGHT}
+PIPELINES = {
+    "pp2 x fsdp2 trilinear": lambda: staged("trilinear", {"pp": 2}, schedule="1f1b"),
+    "pp4 determinant, gpipe": lambda: staged("determinant", {"pp": 4}, schedule="gpipe"),
+    "pp2 x fsdp2 tied, interleaved": lambda: staged("tied", {"pp": 2}, virtual_stages=2),
+    "pp2 x tp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
+    "pp2 x cp2 trilinear": lambda: staged("trilinear", {"pp": 2, "cp": 2}),
+}
+SETS = {"more": MORE, "eight": EIGHT, "pipelines": PIPELINES}
 
 
 def main(rank: int, folder: Path) -> None:
@@ -233,8 +255,10 @@ def main(rank: int, folder: Path) -> None:
     for case, compute in cases.items():
         found = compute()
         expected = alone(next(name for name in MODELS if name in case))
-        assert found.keys() == expected.keys(), case
-        errors[case] = {name: relative(found[name], x) for name, x in expected.items()}
+        names: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(names, list(found))
+        assert set().union(*names) == expected.keys(), case  # of stages each process has some
+        errors[case] = {name: relative(found[name], x) for name, x in expected.items() if name in found}
     half = {}
     if cases is CASES:
         errors |= {f"loss of {rows} rows": loss_of_rows(rows) for rows in (131, 5)}
@@ -242,7 +266,14 @@ def main(rank: int, folder: Path) -> None:
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, (errors, half))
     if rank == 0:
-        worst = {case: {name: max(e[case][name] for e, _ in gathered) for name in errors[case]} for case in errors}
+        worst = {
+            case: {
+                name: max(e[case][name] for e, _ in gathered if name in e[case])
+                for e, _ in gathered
+                for name in e[case]
+            }
+            for case in errors
+        }
         results = {"errors": worst, "half": [x for _, x in gathered]}
         (folder / "results.json").write_text(json.dumps(results))
 
