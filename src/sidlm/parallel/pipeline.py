@@ -1,4 +1,4 @@
-"""Pipeline parallelism: each process of a mesh's pp holds some of a model's layers, and activations travel between them.
+"""Pipeline parallelism: each process of a mesh's pp holds some of the layers, and activations travel between them.
 
 A stage is the model itself, in which what lies on other stages hands its input on: it takes the same tokens, positions
 and documents as the whole model, so packed rows, context and tensor parallelism work in it as they do without stages.
@@ -129,7 +129,7 @@ class Pipeline:
         self.context_parts, self.sequence_parts = mesh["cp"].size(), sequence_parts
         self.loss_dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         self._schedules: dict[_Shape, _PipelineScheduleRuntime] = {}
-        self.tied: nn.Module | None = None
+        self.tied: nn.Embedding | nn.Linear | None = None
         """What has the weight that the first and the last process both hold: the embedding, the head"""
         if model.lm_head.weight is model.model.embed_tokens.weight and self.rank in (0, self.processes - 1):
             self.tied = model.lm_head if self.rank else model.model.embed_tokens
@@ -150,8 +150,8 @@ class Pipeline:
         losses: list[Tensor] = []
         self._schedules[shape].step(
             *([ids] if self.rank == 0 else []), target=rows["shift_labels"], losses=losses, return_outputs=False,
-            num_items_in_batch=num_items_in_batch, **rows,
-        )  # fmt: skip
+            **{"num_items_in_batch": num_items_in_batch, **rows},
+        )  # fmt: skip  # pyright: ignore[reportArgumentType]
         self._add_tied_gradients()
         loss = torch.zeros((), dtype=self.loss_dtype, device=ids.device)
         for micro_loss in losses:

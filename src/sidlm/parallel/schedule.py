@@ -7,6 +7,7 @@ N = M (all of a batch) the breadth-first one. M may be any number. Imports no to
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from sidlm.errors import SidError
@@ -50,7 +51,7 @@ def stage_layers(layers: int, stages: int, end_layers: int) -> list[range]:
         bounds.append(bounds[-1] + share + (1 <= stage <= more))
     # of parts to layers; a stage may hold less than what its end counts as
     bounds = [min(max(bound - end_layers, 0), layers) for bound in bounds]
-    return [range(first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
 def make_schedule(

@@ -1,4 +1,4 @@
-"""All plans over one model: context and tensor parallelism, stages, compiled and recomputed blocks, FSDP2, in this order."""
+"""All plans over one model: context and tensor parallelism, pipeline stages, compiled and recomputed blocks, FSDP2."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sidlm.data.tokenizer import Tokenizer
     from sidlm.models.config import SidConfig
     from sidlm.models.modeling import SidForCausalLM
+    from sidlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,17 @@ def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
 
 def spread(
     model: SidForCausalLM, cfg: RunConfig, mesh: DeviceMesh | None, device: torch.device, precision: str
-) -> None:
-    """Compile each block, in place (parameter names stay), and shard the model over a mesh. Before the optimizer."""
+) -> Pipeline | None:
+    """Compile each block, in place (parameter names stay), and shard the model over a mesh. Before the optimizer.
+
+    Of a mesh with pipeline stages, returns what runs them.
+    """
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
         for block in model.model.layers if compiled else ():
             block.compile()
-        return
+        return None
     from sidlm.parallel.shard import ShardConfig, parallelize
 
-    parallelize(model, mesh, ShardConfig(precision=precision, compile=compiled))
+    settings = ShardConfig(precision=precision, compile=compiled, pipeline=cfg.parallel.pipeline)
+    return parallelize(model, mesh, settings)

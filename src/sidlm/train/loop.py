@@ -40,6 +40,7 @@ from sidlm.train.schedule import learning_rate
 
 if TYPE_CHECKING:
     from sidlm.data.loader import Batch, Loader
+    from sidlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
     torch.manual_seed(cfg.train.seed)
     model: Any = build_model(cfg, text.tokenizer, resumed=found is not None)
     model.to(device).train()
-    spread(model, cfg, group.mesh, device, precision)
+    pipeline = spread(model, cfg, group.mesh, device, precision)
     optimizer = make_optimizer(model, cfg.optim)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
@@ -128,7 +129,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps)
             set_learning_rate(optimizer, lr)
             sparsity.switch(sparse, step, cfg.sparsity)
-            loss, norm = train_step(model, optimizer, batch, cfg, device, precision, group)
+            loss, norm = train_step(model, optimizer, batch, cfg, device, precision, group, pipeline)
 
             tokens = batch.tokens.numel() * group.share[1]
             state.step = step + 1
@@ -182,6 +183,7 @@ def train_step(
     device: torch.device,
     precision: str,
     group: Processes,
+    pipeline: Pipeline | None,
 ) -> tuple[float, float]:
     """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
     norm before clipping), the same on all processes.
@@ -189,28 +191,29 @@ def train_step(
     The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
-    rows, total_rows = cfg.train.micro_batch_size or cfg.train.batch_size, batch.tokens.shape[0]
     labelled = max(1, group.sum_rows(int((batch.labels != -100).sum())))
-    # a sharded model casts its weights itself, once for each time that it gathers them
-    autocast = "fp32" if group.mesh is not None else precision
-    loss = torch.zeros((), device=device)
-    for first in range(0, total_rows, rows):
-        tokens, labels, positions, doc_ids = (
-            t[first : first + rows].to(device) for t in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
-        )
-        with hardware.autocast(device, autocast):
-            micro_loss = model(
-                input_ids=tokens, position_ids=positions, doc_ids=doc_ids, shift_labels=labels,
-                num_items_in_batch=labelled, use_cache=False,
-            ).loss  # fmt: skip
-        micro_loss.backward()
-        loss += micro_loss.detach()
+    tensors = {
+        "input_ids": batch.tokens, "position_ids": batch.positions, "doc_ids": batch.doc_ids,
+        "shift_labels": batch.labels,
+    }  # fmt: skip
+    rows = {name: t.to(device) for name, t in tensors.items()}
+    if pipeline is not None:
+        loss = pipeline.step(rows, num_items_in_batch=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
+    else:
+        # a sharded model casts its weights itself, once for each time that it gathers them
+        autocast = "fp32" if group.mesh is not None else precision
+        loss = torch.zeros((), device=device)
+        for micro_batch in cut(rows, cfg.train.micro_batch_size or cfg.train.batch_size):
+            with hardware.autocast(device, autocast):
+                micro_loss = model(**micro_batch, num_items_in_batch=labelled, use_cache=False).loss
+            micro_loss.backward()
+            loss += micro_loss.detach()
     loss = group.sum_tokens(loss)
-    norm = clip_gradients(model.parameters(), cfg.optim.clip_norm)
+    norm = clip_gradients(model.parameters(), cfg.optim.clip_norm, pipeline)
     ok = math.isfinite(loss.item()) and math.isfinite(norm.item())
     if ok:
         optimizer.step()
-    update_balance(model, ok)
+    update_balance(model, ok, group)
     optimizer.zero_grad(set_to_none=True)
     return loss.item(), norm.item()
 
@@ -238,12 +241,18 @@ def export(out: Path, model: Any, text: Text, group: Processes) -> None:
         folder.export_model(out, whole, text.tokenizer)
 
 
-def update_balance(model: Any, ok: bool) -> None:
+def cut(rows: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of at most `size` rows."""
+    for first in range(0, len(rows["input_ids"]), size):
+        yield {name: t[first : first + size] for name, t in rows.items()}
+
+
+def update_balance(model: Any, ok: bool, group: Processes) -> None:
     """Balance the experts after a step; after a skipped one (rate 0) they only forget what it routed."""
     rate = model.config.moe_balance_rate if ok else 0.0
     for module in model.modules():
         if isinstance(module, MoEFeedForward):
-            module.update_balance(rate)
+            module.update_balance(rate, group.tokens)
 
 
 def prefetched(loader: Loader, first: int, end: int) -> Iterator[tuple[int, Batch]]:
@@ -303,7 +312,9 @@ def headline(
     cfg: RunConfig, model: Any, device: torch.device, precision: str, meter: Any, state: Any, group: Processes
 ) -> str:
     """One line on what is about to happen."""
-    parameters = sum(p.numel() for p in model.parameters())
+    from sidlm.models.flops import num_parameters
+
+    parameters = num_parameters(model.config)
     start = f"from step {state.step}" if state.step else "new run"
     kind = f"started from {cfg.model.init_from}" if cfg.model.init_from else f"{cfg.model.preset}/{cfg.model.arch}"
     return (
