@@ -118,10 +118,7 @@ def recipe(cell: Cell, *, vocab: int = VOCABULARY) -> Recipe:
     }  # fmt: skip
     lr = LR[cell.size] * cell.lr * spec.pop("lr_factor", 1.0)
     down_lr = spec.pop("down_lr", 1.0)
-    if spec.pop("deeper", False):
-        fields = _deeper(base, cell.seq_len)
-    else:
-        fields = _changed(base, spec)
+    fields = _deeper(base, cell.seq_len) if spec.pop("deeper", False) else _changed(base, spec)
     return Recipe(SidConfig(**fields), fields, lr, down_lr)
 
 
@@ -185,6 +182,14 @@ def plan(*, million: int = MILLION) -> list[Cell]:
         for v in ("full", "trilinear", "determinant", "sliding")
     ]
     return _once([*core[0], *noise, *rates, *core[1], *core[2], *ablations[0], *ablations[1], *long])
+
+
+def speed() -> list[Cell]:
+    """Short runs, to be timed alone on the device; after the study, whose compiled kernels are then at hand."""
+    variants = ("full", "sliding", "trilinear", "determinant", "deeper")
+    return [
+        Cell(group="speed", size=size, variant=v, seed=0, steps=48) for size in ("l", "m", "s", "xs") for v in variants
+    ]
 
 
 def toy() -> list[Cell]:

@@ -7,8 +7,13 @@
 (`python benchmarks/token_data.py` makes such a folder). Every cell (`_token_cells.py`) is `sid train` in one of
 --workers processes for each GPU. OUT/cells.jsonl gets a line as soon as a cell ends: variant, params, tokens, seed,
 loss, flops, seconds, losses by domain, the curve, the command that trains the same model again. After --seconds
-nothing goes on, and cells that were cut off are in the file as such. --done names results of earlier calls, whose
-finished cells are not run again. --list prints the plan.
+nothing goes on, and cells that were cut off are in the file as such; then --speed-seconds are for timing models alone.
+--done names results of earlier calls, whose finished cells are not run again. --list prints the plan.
+
+On one H200 beside nothing else, the folder of data made by token_data.py:
+
+    export TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 PYTHONPATH=src
+    python benchmarks/token_efficiency.py --data FOLDER --out OUT --seconds 455 --speed-seconds 60 --workers 12
 """
 
 from __future__ import annotations
@@ -31,6 +36,9 @@ import _token_cells as cells
 from _token_cells import Cell
 from _token_worker import serve, settings_of
 
+OVERHEAD = 15.0
+"""Seconds of a cell that do not depend on its length: building, tracing, saving, scoring."""
+
 
 class Results:
     """cells.jsonl, a line for each cell that ended, whatever its end; and the log."""
@@ -40,7 +48,9 @@ class Results:
         self.file = (out / "cells.jsonl").open("a", encoding="utf-8")
         self.log = (out / "log.txt").open("a", encoding="utf-8")
         self.started = time.monotonic()
-        lines = [line for path in (*done, out / "cells.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [
+            line for path in (*done, out / "cells.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
+        ]
         self.finished = {row["name"] for row in map(json.loads, lines) if row["status"] == "done"}
 
     def add(self, row: dict[str, Any]) -> None:
@@ -70,13 +80,13 @@ class Worker:
 class Pool:
     """Hands cells to the workers in order until the time is up."""
 
-    def __init__(self, args: argparse.Namespace, queue: list[Cell], results: Results, gpus: int):
+    def __init__(self, args: argparse.Namespace, queue: list[Cell], results: Results, gpus: int, workers: int):
         self.args, self.queue, self.results = args, queue, results
-        self.end = results.started + args.seconds
         self.context = multiprocessing.get_context("spawn")
         self.factors: list[float] = []
         self.retries: list[Cell] = []
-        self.workers = [self.start(i % max(1, gpus)) for i in range(args.workers * max(1, gpus))]
+        self.workers = [self.start(i % max(1, gpus)) for i in range(workers * max(1, gpus))]
+        self.end = 0.0
 
     def start(self, gpu: int) -> Worker:
         ours, theirs = self.context.Pipe()
@@ -89,7 +99,7 @@ class Pool:
     def estimate(self, cell: Cell) -> float:
         """Seconds that a cell takes among the others, learned from those that ended."""
         median = sorted(self.factors)[len(self.factors) // 2] if self.factors else 0.7 * self.args.workers
-        return median * cells.cost(cell)
+        return OVERHEAD + median * cells.cost(cell)
 
     def next(self) -> tuple[Cell, bool] | None:
         """The next cell that fits in the time left, and whether to compile it."""
@@ -110,8 +120,9 @@ class Pool:
         worker.connection.send(found)
         return True
 
-    def run(self) -> None:
-        """Until nothing is left to do or no time is left to do it in."""
+    def run(self, end: float) -> None:
+        """Until nothing is left to do, or no time is left to do it in before `end`."""
+        self.end = end
         for worker in self.workers:
             self.assign(worker)
         while any(w.cell for w in self.workers) and time.monotonic() < self.end:
@@ -135,7 +146,8 @@ class Pool:
         if kind == "curve":
             worker.curve.append(value)
         elif kind == "done":
-            self.factors.append((time.monotonic() - worker.since) / cells.cost(worker.cell))
+            wall = time.monotonic() - worker.since
+            self.factors.append(max(0.0, wall - OVERHEAD) / cells.cost(worker.cell))
             self.end_cell(worker, {"status": "done"} | value)
         else:
             if worker.compile:
@@ -166,7 +178,9 @@ def prepare(args: argparse.Namespace) -> None:
 
     from sidlm.data import Tokenizer, open_data
 
-    open_data(config_of(plan_of(args)[0], settings_of(args), True).data, Tokenizer.load(args.data / "tokenizer-16k.json"))
+    open_data(
+        config_of(plan_of(args)[0], settings_of(args), True).data, Tokenizer.load(args.data / "tokenizer-16k.json")
+    )
 
 
 def plan_of(args: argparse.Namespace) -> list[Cell]:
@@ -181,6 +195,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, help="folder for the runs, which are deleted as they end")
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--speed-seconds", type=float, default=0.0, help="after that, of short runs alone on one GPU")
     parser.add_argument("--workers", type=int, default=10, help="processes for each GPU")
     parser.add_argument("--million", type=int, default=cells.MILLION, help="tokens that count as a million")
     parser.add_argument("--groups", nargs="+", default=[])
@@ -188,7 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--done", type=Path, nargs="*", default=[], help="cells.jsonl of earlier calls")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shards", type=int, default=14, help="of the training text")
-    parser.add_argument("--characters", type=int, default=8000, help="of each of the 240 documents of the validation")
+    parser.add_argument("--characters", type=int, default=6000, help="of each of the 240 documents of the validation")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
@@ -218,13 +233,20 @@ def main() -> None:
         gpus = torch.cuda.device_count() if args.device != "cpu" else 0
         results.say(f"{len(queue)} cells, {len(results.finished)} finished before, {gpus} GPUs")
         facts = hardware.environment(hardware.resolve_device(args.device))
-        facts |= {"gpus": gpus, "workers_per_gpu": args.workers, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        facts |= {
+            "gpus": gpus,
+            "workers_per_gpu": args.workers,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         facts["command"] = " ".join(["python", "benchmarks/token_efficiency.py", *sys.argv[1:]])
         (args.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-        pool = Pool(args, queue, results, gpus)
+        pool = Pool(args, queue, results, gpus, args.workers)
         prepare(args)
         results.say("tokenised")
-        pool.run()
+        pool.run(results.started + args.seconds)
+        if args.speed_seconds:
+            end = time.monotonic() + args.speed_seconds
+            Pool(args, cells.speed(), results, min(gpus, 1), 1).run(end)
         for log in sorted(Path(work).glob("*.log")):
             shutil.copyfileobj(log.open(encoding="utf-8", errors="replace"), results.log)
     os._exit(0)
