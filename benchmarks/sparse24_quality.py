@@ -12,8 +12,8 @@ process of its own, --jobs at a time. Results are written after every run: start
 missing, and goes on with a run that was cut. It prints a table in Markdown; --replot trains nothing.
 
 An arm may name the learning rate and the multiple of it for down_proj, recipe@2e-3,0.1, for squared ReLU and SwiGLU
-want others. --best-of takes both from the runs of another results file with the lowest loss, of SwiGLU for SwiGLU and of
-squared ReLU for the others, so that what is compared was not chosen on the seeds that it is compared on.
+want others. --best-of takes both from the runs of another results file with the lowest loss, of SwiGLU for SwiGLU and
+of squared ReLU for the others, so that what is compared was not chosen on the seeds that it is compared on.
 """
 
 import argparse

@@ -162,12 +162,8 @@ def test_crossover_is_that_of_the_nearest_features(monkeypatch):
 
 def test_entries_of_the_crossover_table_are_whole():
     for entry in crossover.TABLE:
-        assert (
-            64 <= entry.inference
-            and 64 <= entry.tokens <= entry.weights
-            and entry.features % 64 == 0
-            and entry.device.startswith("NVIDIA")
-        )
+        assert entry.inference >= 64 and 64 <= entry.tokens <= entry.weights
+        assert entry.features % 64 == 0 and entry.device.startswith("NVIDIA")
     assert len({(x.device, x.fp8, x.features) for x in crossover.TABLE}) == len(crossover.TABLE)
 
 

@@ -231,7 +231,7 @@ def test_half_precision(device, monkeypatch):
 @pytest.mark.parametrize("crossovers", [(0, 1 << 62), (1 << 62, 1 << 62)], ids=["weights dense", "unpacked"])
 @pytest.mark.parametrize("tokens, features", [(1000, 2048), (4096, 4096)])
 def test_op_below_the_crossovers(precision, crossovers, tokens, features, device, monkeypatch):
-    """The function does not change with what is packed for it, but that the weights' gradients are exact if nothing is."""
+    """What is packed does not change the function, but where nothing is the weights' gradients are exact."""
     name, sizes = torch.cuda.get_device_name(device), (crossovers[0], *crossovers)
     table = tuple(crossover.Crossover(name, fp8, features, 256, *sizes) for fp8 in (False, True))
     monkeypatch.setattr(crossover, "TABLE", table)

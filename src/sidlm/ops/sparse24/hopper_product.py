@@ -256,8 +256,8 @@ GRADIENT = PACKING._replace(pack=False, gradient=True, turned=True)
 def packed_gradient(g: Tensor, w: Tensor, act: Packed, values: Tensor, **how) -> None:
     """2 sqrt(act) times g @ w, rounded before, for bfloat16 g (M, K) and w (K, N), where act (M, N) has its values.
 
-    Into values (M, N / 2), those of a packed matrix with act's own metadata, which are plain. K is a multiple of 8, N of
-    64.
+    Into values (M, N / 2), those of a packed matrix with act's own metadata, which are plain. K is a multiple of 8, N
+    of 64.
     """
     (M, K), N = g.shape, w.shape[1]
     variant = GRADIENT._replace(**how)
