@@ -114,9 +114,13 @@ def test_rates_are_chosen_from_other_runs_by_family(script, monkeypatch, tmp_pat
         "2:4, the full recipe, 2e-3 x 0.1",
     ]  # fmt: skip
     # squared ReLU beside the dense one of its own rates, and the others beside the best
-    assert [
-        line.split("|")[3].split("(")[0].strip() for line in lines
-    ] == ["-0.1000", "-0.2000", "+0.0000", "+0.0000", "+0.1000"]
+    assert [line.split("|")[3].split("(")[0].strip() for line in lines] == [
+        "-0.1000",
+        "-0.2000",
+        "+0.0000",
+        "+0.0000",
+        "+0.1000",
+    ]
 
 
 def test_it_goes_on_where_it_was_cut(script, files, tmp_path, monkeypatch, capsys):

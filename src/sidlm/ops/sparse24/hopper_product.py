@@ -198,13 +198,13 @@ def dense_failure(device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     make = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 512, generator=make).to(device).to(dtype) for n in (448, 328))
-    scales = (torch.rand(448, device=device), torch.rand(328, device=device)) if dtype == FP8 else (None, None)
-    expected = a.float() @ b.float().T
+    scales = torch.rand(448, device=device), torch.rand(328, device=device)
+    expected, given = a.float() @ b.float().T, (None, None)
     if dtype == FP8:
-        expected = expected * scales[0][:, None] * scales[1]
+        expected, given = expected * scales[0][:, None] * scales[1], scales
     try:
         wrong = max(
-            difference(dense_product(a, scales[0], b, scales[1], bn=bn, warpgroups=n, stages=4), expected)
+            difference(dense_product(a, given[0], b, given[1], bn=bn, warpgroups=n, stages=4), expected)
             for bn, n in DENSE_SHAPES
         )
     except Exception as error:  # whatever the compiler or the driver raises, it is not to be used
