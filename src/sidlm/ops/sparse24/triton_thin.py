@@ -1,8 +1,8 @@
 """Operands of the weight gradients for dense products: of every four tokens of a feature two, the others zero.
 
-The selection is that of triton_transpose.py, and so is the function; only nothing is packed. In 16 bits a dense product
-reads a matrix as it lies, so tokens keep their places, and which four are neighbours is all that their order says: the
-result is (T, F). In fp8 it is (F, T'), in the order of the tokens, as tensor cores want e4m3.
+The selection is that of triton_transpose.py, and so is the function; only the result is not packed. In 16 bits a dense
+product reads a matrix as it lies, so tokens keep their places, and which four are neighbours is all that their order
+says: the result is (T, F). In fp8 it is (F, T'), in the order of the tokens, as tensor cores want e4m3.
 
 A program has BQ times four tokens and BG groups of four features.
 """
