@@ -29,7 +29,6 @@ def grid(tmp_path, corpus):
     task.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "base.yaml").write_text(
         f"data: {{train: [{corpus}], vocab_size: 520, seq_len: 32, valid_fraction: 0.1}}\n"
-        f"data.cache_dir: {tmp_path / 'cache'}\n"
         "train: {batch_size: 4, device: cpu, precision: fp32}\n"
         "samples: {prompts: []}\n"
     )
@@ -40,6 +39,7 @@ base: base.yaml
 settings:
   model.overrides: {{num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, head_dim: 16}}
   checkpoint.every: 1
+  data.cache_dir: {tmp_path / "cache"}
 variants:
   sid: {{model.overrides: {{layer_types: [full_attention, simplicial_attention], simplicial_window: [8, 4]}}}}
   deep:
