@@ -131,9 +131,9 @@ def _file(rows: Sequence[dict[str, Any]]) -> str:
 def read_cells(path: str | Path, *, params: str = "params", loss: str = "loss") -> list[Cells]:
     """The variants of a table, in the order of the file.
 
-    params, loss: the columns to take for N and L (of JSON lines also deeper ones, domains.code). Raises SidError, in one
-    line that says what is missing, for absent columns, losses that are no number, failed cells, a variant that lacks a
-    seed somewhere, a run given twice, and rows of different tokenizers, data or held-out texts.
+    params, loss: the columns to take for N and L (of JSON lines also deeper ones, domains.code). Raises SidError, in
+    one line that says what is missing, for absent columns, losses that are no number, failed cells, a variant that
+    lacks a seed somewhere, a run given twice, and rows of different tokenizers, data or held-out texts.
     """
     rows = read_rows(path)
     require_columns(rows, ("variant", params, "tokens", "seed", loss))
@@ -209,11 +209,11 @@ def _refuse_missing_seeds(found: list[Cells], path: str) -> None:
                 )
 
 
-def require_points(cells: Cells, path: str = "cells") -> None:
+def require_points(cells: Cells) -> None:
     """Raise SidError unless the variant's runs can determine the five numbers of a law."""
     sizes, budgets = len(np.unique(cells.params)), len(np.unique(cells.tokens))
     if sizes < 3 or budgets < 3 or cells.points < 6:
         raise SidError(
-            f"too few cells to fit variant {cells.variant}: {cells.points} points (params, tokens) of {sizes} sizes and "
-            f"{budgets} token budgets; five unknowns need at least 6 points of 3 sizes and 3 budgets"
+            f"too few cells to fit variant {cells.variant}: {cells.points} points (params, tokens) of {sizes} sizes "
+            f"and {budgets} token budgets; five unknowns need at least 6 points of 3 sizes and 3 budgets"
         )

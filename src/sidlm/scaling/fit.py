@@ -1,9 +1,9 @@
 """Fits of the law with intervals, for each variant of a table, and tests of what differs between two of them.
 
-Intervals come from a wild cluster bootstrap: the design stays, the residuals of all runs of a point (N, D) change their
-sign together, so that errors which the seeds of a point share (the law does not fit there) count as one. Residuals are scaled
-up by the leverage of their point (1 / (1 - h), a jackknife's) and percentiles of log estimates are widened by Student's t of
-(points - 5) degrees of freedom. benchmarks/scaling_recovery.py measures how often such intervals hold the truth.
+Intervals come from a wild cluster bootstrap: the design stays, and the residuals of all runs of a point (N, D) change
+their sign together, so that errors which the seeds of a point share (the law does not fit there) count as one. They are
+scaled up by the leverage of their point (1 / (1 - h), a jackknife's), and percentiles of log estimates are widened by
+Student's t of (points - 5) degrees of freedom. benchmarks/scaling_recovery.py measures how often they hold the truth.
 """
 
 from __future__ import annotations
@@ -100,11 +100,9 @@ def scaled_residuals(problem: Problem, phi: Floats, cluster: Ints) -> Floats:
     return r + (mean / np.clip(1 - leverage, 0.1, 1.0) - mean)[groups]
 
 
-def fit_variant(
-    cells: Cells, weights: dict[int, Floats], *, delta: float | None = None, path: str = "cells"
-) -> Fit:
+def fit_variant(cells: Cells, weights: dict[int, Floats], *, delta: float | None = None) -> Fit:
     """One variant's fit. weights: of `signs`. Raises SidError for too few points."""
-    require_points(cells, path)
+    require_points(cells)
     problem = Problem.of(cells.params, cells.tokens, cells.loss)
     phi = best_of_many(problem, delta or 1e-3)
     if delta is None:
@@ -176,11 +174,19 @@ def compare(one: Fit, other: Fit, *, replicates: int = REPLICATES, seed: int = 0
 def _inner(problem: Problem, estimate: Floats) -> Floats:
     """E, A, B, alpha, beta as the coordinates of a law of the problem."""
     e, a, b, alpha, beta = estimate
-    return np.array([np.log(e), np.log(a) - alpha * problem.centre[0], np.log(b) - beta * problem.centre[1], alpha, beta])
+    return np.array(
+        [np.log(e), np.log(a) - alpha * problem.centre[0], np.log(b) - beta * problem.centre[1], alpha, beta]
+    )
 
 
 def _test(
-    null: Problem, alternative: Problem, equal: tuple[str, ...], laws: Floats, delta: float, scaled: Floats, flips: Floats
+    null: Problem,
+    alternative: Problem,
+    equal: tuple[str, ...],
+    laws: Floats,
+    delta: float,
+    scaled: Floats,
+    flips: Floats,
 ) -> Test:
     def best(problem: Problem, log_loss: Floats, starts: Floats) -> tuple[Floats, Floats]:
         """The better of two starts, for each row of log_loss."""
@@ -220,5 +226,3 @@ def verdict(tests: dict[str, Test], level: float = 0.05) -> str:
         return f"no difference in the exponents is seen (p = {p['exponents']:.3g}); they differ in E, A or B"
     which = [name for name in ("alpha", "beta") if p[name] <= level]
     return f"the exponents differ (p = {p['exponents']:.3g}){': ' + ' and '.join(which) if which else ''}"
-
-

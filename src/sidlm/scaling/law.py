@@ -1,8 +1,8 @@
 """L(N, D) = E + A / N^alpha + B / D^beta, fitted to losses: many problems at once, which makes bootstraps cheap.
 
-The objective is that of Hoffmann et al. (arXiv 2203.15556, section D.2): the Huber loss of the residual of log L. As there,
-many starts are tried and L-BFGS has the last word; the many fits around it (starts, bootstrap replicates) run as one batch
-of Levenberg-Marquardt steps on the same objective.
+The objective is that of Hoffmann et al. (arXiv 2203.15556, section D.2): the Huber loss of the residual of log L. As
+there, many starts are tried and L-BFGS has the last word; the many fits around it (starts, bootstrap replicates) run as
+one batch of Levenberg-Marquardt steps on the same objective.
 """
 
 from __future__ import annotations
