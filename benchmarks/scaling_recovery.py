@@ -3,14 +3,13 @@
     python benchmarks/scaling_recovery.py --json benchmarks/results/scaling_recovery.json
 
 Each scenario draws --grids grids from a known law, fits each and counts how often the 95% interval of an exponent holds
-the true one; another draws pairs of variants and counts how often each test says that they differ. No GPU, no torch.
+the true one; pairs of variants are drawn, too, to count how often each test says that they differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -20,6 +19,7 @@ import numpy as np
 
 from sidlm.scaling.cells import Cells
 from sidlm.scaling.fit import HYPOTHESES, REPLICATES, compare, fit_all
+from sidlm.train.hardware import git_revision, processor
 
 # E, A, B, alpha, beta: Hoffmann et al. (arXiv 2203.15556), Besiroglu et al. (arXiv 2404.10102), and a steep one
 TRUTHS = {
@@ -35,7 +35,8 @@ SCENARIOS = {
     "5x5x1, noise 0.5%": (5, 5, 1, 0.005, "normal"),
     "6x6x1, noise 2%": (6, 6, 1, 0.02, "normal"),
     "5x5x3, noise 1%, heavy tails": (5, 5, 3, 0.01, "t3"),
-    "5x5x3, noise 0.5%, half of it shared by a point's seeds": (5, 5, 3, 0.005, "shared"),
+    "5x5x3, noise 0.5%, half of it shared by a point's seeds": (5, 5, 3, 0.005, "point"),
+    "5x5x3, noise 0.5%, half of it shared by a seed's runs": (5, 5, 3, 0.005, "seed"),
 }
 
 
@@ -48,8 +49,10 @@ def grid(truth: tuple[float, ...], scenario: tuple, rng: np.random.Generator, na
     error = rng.normal(0, noise, len(n))
     if kind == "t3":
         error = rng.standard_t(3, len(n)) * noise / np.sqrt(3)
-    if kind == "shared":
+    if kind == "point":
         error = (error + rng.normal(0, noise, (sizes, budgets))[i, j]) / np.sqrt(2)
+    if kind == "seed":
+        error = (error + rng.normal(0, noise, seeds)[s]) / np.sqrt(2)
     loss = (e + a / n**alpha + b / d**beta) * np.exp(error)
     absent = np.full(len(n), np.nan)
     return Cells(name, n, d, s, loss, absent, absent, i * 100_000 + j)
@@ -100,7 +103,8 @@ def main() -> None:
     args = parser.parse_args()
     began = time.time()
     report: dict = {
-        "command": shlex.join(["python", *sys.argv]), "machine": platform.machine(), "numpy": np.__version__,
+        "command": shlex.join(["python", *sys.argv]), "commit": git_revision(Path(__file__).parent),
+        "machine": processor(), "numpy": np.__version__,
         "seed": args.seed, "grids": args.grids, "replicates": REPLICATES, "recovery": {}, "tests": {},
     }  # fmt: skip
     for law, truth in TRUTHS.items():

@@ -96,7 +96,7 @@ def value_of(row: dict[str, Any], column: str) -> Any:
 
 def numbers(row: dict[str, Any], column: str, *, positive: bool = True) -> float:
     """A required number of a row. Raises SidError naming the line, the column and what is there."""
-    value = value_of(row, column)
+    value: Any = value_of(row, column)
     if value is None and row.get("error"):
         raise SidError(f"{row['where']}: cell {row.get('name', '')} has no {column}: {row['error']}")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -42,7 +43,7 @@ class Forecast:
         nll = nll + self.line_noise * rng.standard_t(max(1, self.line_df), len(nll))
         values = sigmoid(self.curves[rng.permutation(len(self.curves))], nll[:, None], self.chance)[:, 0]
         estimate = sigmoid(self.curve, self.line @ [1.0, np.log10(flops)], self.chance)[0]
-        found = _spread(float(estimate), values, self.curve_noise, self.curve_df)
+        found = _spread(estimate, values, self.curve_noise, self.curve_df)
         return found[0], max(0.0, found[1]), min(1.0, found[2])
 
 
@@ -53,7 +54,7 @@ def sigmoid(curve: Floats, nll: Floats | float, chance: float) -> Floats:
     return chance + (1 - chance) / (1 + np.exp(z))
 
 
-def _spread(estimate: float, values: Floats, noise: float, df: int) -> tuple[float, float, float]:
+def _spread(estimate: Any, values: Floats, noise: float, df: int) -> tuple[float, float, float]:
     """With the noise of a new measurement added to replicates of its mean."""
     tail = (1 - LEVEL) / 2
     rng = np.random.default_rng(0)
@@ -99,7 +100,7 @@ def fit_forecast(
     curves = np.stack([_fit_sigmoid(y[second], fitted + flip * miss, chance, curve) for flip in flips])
     curves = np.resize(curves, (replicates, 2))
     return Forecast(
-        line, curve, lines, curves, chance, float(np.sqrt((rest**2).sum() / max(1, df))),
+        np.asarray(line, np.float64), curve, lines, curves, chance, float(np.sqrt((rest**2).sum() / max(1, df))),
         float(np.sqrt((miss**2).mean())), df, len(fitted) - 2,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from sidlm.scaling.fit import LEVEL, Fit
 from sidlm.scaling.law import Floats
 
 
-def slope_without_e(params: Sequence[float], loss: Sequence[float]) -> dict[str, float]:
+def slope_without_e(params: Sequence[float] | Floats, loss: Sequence[float]) -> dict[str, float]:
     """-log L = alpha log N + b at fixed D, by ordinary least squares (arXiv 2507.02754, section 7.1): E is taken for 0.
 
     Returns alpha, b, r2, the residual sum of squares and, with three sizes or more, the standard error of alpha.

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from sidlm.scaling.fit import LEVEL, Fit, interval, law
-from sidlm.scaling.forecast import Forecast
+from sidlm.scaling.forecast import Forecast, sigmoid
 from sidlm.scaling.forms import IsoFLOP, PowerLaw
-from sidlm.scaling.report import COLOURS, INK, label, legend, new_figure, plain_ticks, svg
+from sidlm.scaling.report import COLOURS, INK, amount, label, legend, new_figure, plain_ticks, svg
 
 SHOWN = 8
 """Variants in a figure; more cannot be told apart."""
@@ -32,7 +32,7 @@ def curves(fits: Sequence[Fit]) -> str:
             band = law(fit.samples[:, None], size, grid)
             tail = (1 - LEVEL) / 2
             axes.fill_between(grid, *np.quantile(band, [tail, 1 - tail], axis=0), color=colour, alpha=0.2, linewidth=0)
-            axes.plot(grid, fit.loss(size, grid), color=colour, linewidth=1.3, label=f"{size:.3g} parameters")
+            axes.plot(grid, fit.loss(size, grid), color=colour, linewidth=1.3, label=f"{amount(size)} parameters")
             here = fit.cells.params == size
             axes.plot(fit.cells.tokens[here], fit.cells.loss[here], "o", color=colour, markersize=3.2, alpha=0.8)
         axes.set_xscale("log")
@@ -40,7 +40,7 @@ def curves(fits: Sequence[Fit]) -> str:
         plain_ticks(axes.xaxis)
         plain_ticks(axes.yaxis)
         label(axes, "tokens", "loss, nats per token", fit.cells.variant)
-        legend(axes)
+        legend(axes, loc="upper right")
     for axes in panels[len(fits) :]:
         axes.set_visible(False)
     return svg(figure, "curves")
@@ -113,7 +113,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> str:
     """Tokens, FLOPs and seconds to reach the base's loss, for each variant and size."""
     rows = [(name, point) for name, part in found.items() for point in part["points"]]
     kinds = [kind for kind in ("tokens", "flops", "seconds") if all(kind in point for _, point in rows)]
-    figure, panels = new_figure(10.4, 1.4 + 0.3 * len(rows), len(kinds), sharey=True)
+    figure, panels = new_figure(10.4, 1.4 + 0.3 * len(rows), len(kinds), sharex=True, sharey=True)
     for axes, kind in zip(panels, kinds, strict=True):
         finite = [x for _, p in rows for x in (p[kind]["ratio"], *p[kind]["ci"]) if x is not None]
         edge = max([*finite, 1.1]) * 1.1
@@ -127,7 +127,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> str:
         axes.axvline(1, color=INK, linewidth=0.8)
         axes.set_xscale("log")
         plain_ticks(axes.xaxis)
-        axes.set_yticks(range(len(rows)), [f"{name}, {p['params']:.3g} parameters" for name, p in rows])
+        axes.set_yticks(range(len(rows)), [f"{name}, {amount(p['params'])} parameters" for name, p in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         label(axes, f"{'FLOPs' if kind == 'flops' else kind} needed, base = 1", "")
     return svg(figure, "ratios")
@@ -161,8 +161,6 @@ def stages(found: Forecast, flops: Any, nll: Any, accuracy: Any, targets: Sequen
     first.plot(grid, middle, color=COLOURS[0], linewidth=1.5)
     first.plot(flops[known], nll[known], "o", color=COLOURS[0], markersize=4)
     second.plot(nll, accuracy, "o", color=COLOURS[0], markersize=4, label="models")
-    from sidlm.scaling.forecast import sigmoid
-
     ends = [found.nll(c)[0] for c in targets]
     line = np.linspace(min(np.min(nll), *ends) * 0.95, max(np.max(nll), *ends) * 1.05, 100)
     band = sigmoid(found.curves[:, None, :], line[:, None], found.chance)[..., 0]
