@@ -290,6 +290,9 @@ def _models(args: Any) -> tuple[Any, Any, Any, float]:
     chance = args.chance
     if chance is None:
         chance = optional(rows[0], f"tasks.{args.task}.chance") if args.task else 0.0
-    columns = [[optional(row, "flops") for row in rows], [numbers(row, nll) for row in rows]]
-    columns.append([optional(row, accuracy) for row in rows])
-    return *(np.array(column) for column in columns), 0.0 if np.isnan(chance) else chance
+    return (
+        np.array([optional(row, "flops") for row in rows]),
+        np.array([numbers(row, nll) for row in rows]),
+        np.array([optional(row, accuracy) for row in rows]),
+        0.0 if np.isnan(chance) else chance,
+    )

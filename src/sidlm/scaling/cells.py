@@ -17,8 +17,9 @@ import numpy as np
 from sidlm.errors import SidError
 from sidlm.scaling.law import Floats, Ints
 
-# rows that differ in one of these are no measurements of one thing
-SAME = {"tokenizer": "tokenizers", "held_out": "held-out texts", "data": "data"}
+# losses that differ in one of these are no measurements of one thing
+SAME = {"tokenizer": "tokenizers", "tokenizer_hash": "tokenizers", "held_out": "held-out texts"}
+SAME_IN_VARIANT = {"data": "training data", "data_hash": "training data"}
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ def value_of(row: dict[str, Any], column: str) -> Any:
 
 def numbers(row: dict[str, Any], column: str, *, positive: bool = True) -> float:
     """A required number of a row. Raises SidError naming the line, the column and what is there."""
-    value: Any = value_of(row, column)
+    value = value_of(row, column)
     if value is None and row.get("error"):
         raise SidError(f"{row['where']}: cell {row.get('name', '')} has no {column}: {row['error']}")
     try:
-        number = float(value)
+        number = math.nan if value is None else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or (positive and number <= 0):
@@ -133,16 +134,18 @@ def read_cells(path: str | Path, *, params: str = "params", loss: str = "loss") 
 
     params, loss: the columns to take for N and L (of JSON lines also deeper ones, domains.code). Raises SidError, in
     one line that says what is missing, for absent columns, losses that are no number, failed cells, a variant that
-    lacks a seed somewhere, a run given twice, and rows of different tokenizers, data or held-out texts.
+    lacks a seed somewhere, a run given twice, and rows of different tokenizers or held-out texts (in a variant: data).
     """
     rows = read_rows(path)
     require_columns(rows, ("variant", params, "tokens", "seed", loss))
-    _refuse_mixtures(rows)
+    _refuse_mixtures(rows, SAME)
     by_variant: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if value_of(row, "variant") in (None, ""):
             raise SidError(f"{row['where']}: no variant")
         by_variant[str(row["variant"])].append(row)
+    for own in by_variant.values():
+        _refuse_mixtures(own, SAME_IN_VARIANT)
     found = [_variant(name, own, params, loss) for name, own in by_variant.items()]
     _refuse_missing_seeds(found, str(path))
     return found
@@ -180,8 +183,8 @@ def _seconds(rows: list[dict[str, Any]], tokens: Floats) -> Floats:
     return tokens / speed if np.isfinite(speed).all() else _optional(rows, ("wall_seconds", "seconds"))
 
 
-def _refuse_mixtures(rows: list[dict[str, Any]]) -> None:
-    for column, words in SAME.items():
+def _refuse_mixtures(rows: list[dict[str, Any]], same: dict[str, str]) -> None:
+    for column, words in same.items():
         seen: dict[str, str] = {}
         for row in rows:
             value = value_of(row, column)

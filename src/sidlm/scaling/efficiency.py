@@ -32,8 +32,9 @@ def tokens_to_reach(theta: Floats, params: float, loss: Floats) -> Floats:
     e, a, b, _, beta = np.moveaxis(np.asarray(theta), -1, 0)
     alpha = np.asarray(theta)[..., 3]
     room = loss - e - a * params**-alpha
-    exponent = np.log(b / np.where(room > 0, room, np.inf)) / beta  # -inf where it never has
-    return np.where(room > 0, np.exp(exponent), np.inf)
+    reached = room > 0
+    with np.errstate(over="ignore"):  # more tokens than a float holds is never, too
+        return np.where(reached, np.exp(np.log(b / np.where(reached, room, 1.0)) / beta), np.inf)
 
 
 def efficiency(base: Fit, other: Fit) -> dict[str, Any]:
