@@ -125,12 +125,16 @@ def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
 def spread(
     model: SidForCausalLM, cfg: RunConfig, mesh: DeviceMesh | None, device: torch.device, precision: str
 ) -> None:
-    """Compile each block, in place (parameter names stay), and shard the model over a mesh. Before the optimizer."""
+    """Recompute and compile each block, in place (parameter names stay), and shard the model over a mesh. Before the
+    optimizer."""
+    from sidlm.parallel.recompute import recompute_block
+
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
-        for block in model.model.layers if compiled else ():
-            block.compile()
+        for block in model.model.layers:
+            recompute_block(block, cfg.train.recompute, compiled=compiled)
         return
     from sidlm.parallel.shard import ShardConfig, parallelize
 
-    parallelize(model, mesh, ShardConfig(precision=precision, compile=compiled))
+    settings = ShardConfig(precision=precision, recompute=cfg.train.recompute, compile=compiled)
+    parallelize(model, mesh, settings)
