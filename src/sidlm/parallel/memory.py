@@ -122,11 +122,10 @@ def block_activations(job: Job, layout: Layout, unit: str, recompute: str) -> di
     statistics = tokens * FLOAT32
     heads = tokens * config.num_attention_heads // layout.tp * FLOAT32
     kept |= {"q, k, v": q + 2 * pairs * (k + keys), "attention": q + heads, "after attention": stream}
-    kept["norms"] = 2 * statistics // layout.tp
     if unit == "simplicial_attention" and config.simplicial_qk_norm and recompute == "none":
         kept["q, k, k2 before their norms"] = q + 2 * k + heads + 2 * heads * k // q
     if recompute == "none":
-        kept["inputs of projections"] = 2 * whole
+        kept |= {"norms": 2 * statistics // layout.tp, "inputs of projections": 2 * whole}
     return kept | {"feed-forward": _feed_forward(job, layout, recompute)}
 
 

@@ -119,13 +119,15 @@ def _variants(job: Job, mesh: Layout, how: str | None) -> Iterator[Layout]:
 def reason(other: Plan, winner: Plan) -> str:
     """Why a plan was not chosen: in numbers, against the winner."""
     if not other.fits:
-        return f"does not fit: {_gigabytes(other.memory.total)} of {_gigabytes(other.hardware.memory_bytes)} GB " + _uses(
-            other
+        return (
+            f"does not fit: {_gigabytes(other.memory.total)} of {_gigabytes(other.hardware.memory_bytes)} GB "
+            + _uses(other)
         )
     slower = other.time.total / winner.time.total - 1
     if slower <= 0:
         kinds = "context" if other.layout.cp > winner.layout.cp else "tensor and pipeline"
-        return f"{-slower:.1%} faster by prediction, within the model's error of {MARGIN:.0%}, with more {kinds} parallelism"
+        near = f"within the model's error of {MARGIN:.0%}"
+        return f"{-slower:.1%} faster by prediction, {near}, with more {kinds} parallelism"
     parts = []
     for name, own, best in zip(other.time._fields, other.time, winner.time, strict=True):
         share = (own - best) / winner.time.total
@@ -134,6 +136,8 @@ def reason(other: Plan, winner: Plan) -> str:
     causes = ", ".join(text for _, text in sorted(parts, reverse=True)[:3])
     if other.layout.pp > 1 and bubble(other.layout, other.job) > 2 * bubble(winner.layout, winner.job):
         causes += f" (bubble {bubble(other.layout, other.job):.1%})"
+    if other.layout.recompute == "blocks" and winner.layout.recompute != "blocks":
+        causes = f"fits only with whole blocks recomputed; {causes}"
     if slower <= MARGIN:
         return f"{slower:.1%} slower, equal within the model's error: {causes or 'no single cause'}"
     return f"{slower:.0%} slower: {causes}"
@@ -159,8 +163,8 @@ def _uses(found: Plan) -> str:
 
 
 def neighbours(found: Found) -> list[Plan]:
-    """The meshes that a reader will ask about: those that differ from the winner in two sizes by a factor of two, and the
-    fastest others."""
+    """The meshes that a reader will ask about: the fastest others, and those that differ from the winner in two sizes
+    by a factor of two."""
     sizes = found.winner.layout
     near = []
     for other in found.meshes:

@@ -95,7 +95,7 @@ def product_seconds(hardware: Hardware, tokens: int, rows: int, columns: int, fp
     """Of the product of (tokens, columns) by (rows, columns)^T."""
     peak = hardware.fp8_flops * hardware.fp8_gemm_fraction if fp8 else hardware.bf16_flops * hardware.gemm_fraction
     tiles = math.ceil(tokens / hardware.tile_rows) * math.ceil(rows / hardware.tile_columns)
-    # rounded up to tiles, and tiles to rounds of all multiprocessors; few tiles are cut along the sum, to a half at best
+    # rounded up to tiles, and tiles to rounds of all multiprocessors; few tiles are cut along the sum, in two
     area = tiles * hardware.tile_rows * hardware.tile_columns
     rounds = math.ceil(2 * tiles / hardware.multiprocessors) / (2 * tiles / hardware.multiprocessors)
     return 2.0 * area * columns * rounds / peak
@@ -177,8 +177,12 @@ def end_seconds(hardware: Hardware, job: Job, layout: Layout, unit: str) -> Work
         return Work(tensor_parallel=waits)
     matrix = next(weight for weight in weights(job.config, HEAD) if weight.name == "lm_head")
     product = _product(hardware, job, tokens, matrix, layout, fp8=False)
-    logits = tokens * job.config.vocab_size / layout.tp * 6 * FLOAT32  # written and read by the softmax and its gradient
-    return Work(3 * product, memory=logits / (hardware.memory_bandwidth * hardware.memory_fraction), tensor_parallel=waits)
+    logits = (
+        tokens * job.config.vocab_size / layout.tp * 6 * FLOAT32
+    )  # written and read by the softmax and its gradient
+    return Work(
+        3 * product, memory=logits / (hardware.memory_bandwidth * hardware.memory_fraction), tensor_parallel=waits
+    )
 
 
 def step_time(hardware: Hardware, job: Job, layout: Layout, unmodelled: float = UNMODELLED) -> StepTime:
@@ -207,7 +211,7 @@ def step_time(hardware: Hardware, job: Job, layout: Layout, unmodelled: float = 
 
 
 def _fill(hardware: Hardware, job: Job, layout: Layout) -> float:
-    """Seconds until the first activations have come to the last stage, and the last gradients back: sent, not computed."""
+    """Seconds that the first activations take to the last stage, and the last gradients back, on their way alone."""
     if layout.pp == 1:
         return 0.0
     hop = Traffic("p2p", "pp", stage_exchange(job, layout), 1)
