@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("sidlm.cli.train", "train a model from a config and your own data"),
     "tokenizer": ("sidlm.cli.tokenizer", "train a tokenizer on your text"),
     "evaluate": ("sidlm.cli.evaluate", "bits per byte on held-out text, likelihood of answers on tasks"),
+    "scaling": ("sidlm.cli.scaling", "scaling laws: run a grid of cells, fit, compare, forecast, plan"),
     "generate": ("sidlm.cli.generate", "continue a prompt"),
     "chat": ("sidlm.cli.chat", "talk to a model, or continue text in a loop"),
     "serve": ("sidlm.cli.serve", "an OpenAI-compatible server over a model"),

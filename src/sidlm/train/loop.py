@@ -98,7 +98,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         ready = found is not None or not group.first
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
-    model: Any = build_model(cfg, text.tokenizer, resumed=found is not None)
+    model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
     model.to(device).train()
     spread(model, cfg, group.mesh, device, precision)
     optimizer = make_optimizer(model, cfg.optim)
@@ -123,8 +123,8 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         log.say(headline(cfg, model, device, precision, meter, state, group))
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
-        for step, batch in prefetched(text.loader, state.step, total_steps):
-            started = time.perf_counter()
+        started = time.perf_counter()
+        for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
             lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps)
             set_learning_rate(optimizer, lr)
             sparsity.switch(sparse, step, cfg.sparsity)
@@ -160,6 +160,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
                 on_step(record)
             if stopping:
                 break
+            started = time.perf_counter()
 
     peak_memory = hardware.peak_memory_bytes(device)
     finished = state.step == total_steps
@@ -190,29 +191,29 @@ def train_step(
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
     rows, total_rows = cfg.train.micro_batch_size or cfg.train.batch_size, batch.tokens.shape[0]
-    labelled = max(1, group.sum_rows(int((batch.labels != -100).sum())))
+    labelled = group.sum_rows(int((batch.labels != -100).sum()))
     # a sharded model casts its weights itself, once for each time that it gathers them
     autocast = "fp32" if group.mesh is not None else precision
     loss = torch.zeros((), device=device)
     for first in range(0, total_rows, rows):
-        tokens, labels, positions, doc_ids = (
-            t[first : first + rows].to(device) for t in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
-        )
+        part = batch[first : first + rows].to(device, non_blocking=True)
         with hardware.autocast(device, autocast):
             micro_loss = model(
-                input_ids=tokens, position_ids=positions, doc_ids=doc_ids, shift_labels=labels,
+                input_ids=part.tokens, position_ids=part.positions, doc_ids=part.doc_ids, shift_labels=part.labels,
                 num_items_in_batch=labelled, use_cache=False,
             ).loss  # fmt: skip
         micro_loss.backward()
         loss += micro_loss.detach()
     loss = group.sum_tokens(loss)
     norm = clip_gradients(model.parameters(), cfg.optim.clip_norm)
-    ok = math.isfinite(loss.item()) and math.isfinite(norm.item())
+    # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
+    loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
+    ok = math.isfinite(loss_value) and math.isfinite(norm_value)
     if ok:
         optimizer.step()
     update_balance(model, ok)
     optimizer.zero_grad(set_to_none=True)
-    return loss.item(), norm.item()
+    return loss_value, norm_value
 
 
 def whole_model(model: Any, cfg: RunConfig, step: int, group: Processes) -> Any:
@@ -246,14 +247,22 @@ def update_balance(model: Any, ok: bool) -> None:
             module.update_balance(rate)
 
 
-def prefetched(loader: Loader, first: int, end: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) for the steps first..end-1; a thread prepares the next batch during the step."""
+def prefetched(loader: Loader, first: int, end: int, *, pin: bool) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) for the steps first..end-1; a thread prepares the next batch during the step.
+
+    pin: whether in memory from which copies to a GPU need no waiting.
+    """
+
+    def prepare(step: int) -> Batch:
+        batch = loader.batch(step)
+        return batch.pinned() if pin else batch
+
     with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
-        following = pool.submit(loader.batch, first) if first < end else None
+        following = pool.submit(prepare, first) if first < end else None
         for step in range(first, end):
             assert following is not None
             batch = following.result()
-            following = pool.submit(loader.batch, step + 1) if step + 1 < end else None
+            following = pool.submit(prepare, step + 1) if step + 1 < end else None
             yield step, batch
 
 

@@ -82,7 +82,9 @@ def backward(
     if on and recipe.reuse_mask:
         assert kept.act is not None
         act = steps.opened(kept.act)
-        dact = steps.pack_gradient(steps.dense_matmul(g, w_down.T, fp8), act, fp8)
+        dact = steps.pack_down(g, w_down, act, fp8)
+        if dact is None:
+            dact = steps.pack_gradient(steps.dense_matmul(g, w_down.T, fp8), act, fp8)
         dx = steps.sparse_matmul(dact, w_up.T, fp8)
     else:
         act, dact = _dense_gradients(steps, g, x, w_up, w_down, kept.y1, fp8)
@@ -90,12 +92,15 @@ def backward(
     if not on:
         dw_up, dw_down = steps.dense_matmul(dact.T, x.T, fp8), steps.dense_matmul(g.T, act.T, fp8)
         return dx, dw_up, dw_down, x.new_zeros(2, dtype=torch.float32)
+    exact = steps.exact_gradients(act, dact, g, x, fp8)
+    if exact is not None:
+        return dx, *exact, x.new_zeros(2, dtype=torch.float32)
     assert kept.counts is not None
     counts = steps.counted(act, kept.counts)
     features = steps.split(counts, recipe.dense_features, len(x))
     dw_down, of_act = _weight_gradient(steps, act, g, "value", features, True, recipe)
     dw_up, of_dact = _weight_gradient(steps, dact, x, "magnitude", features, False, recipe)
-    return dx, dw_up, dw_down, torch.stack((_dropped(of_act), _dropped(of_dact)))
+    return dx, dw_up, dw_down, _dropped(torch.stack((of_act, of_dact), 1))
 
 
 def _dense_gradients(
@@ -135,5 +140,5 @@ def _weight_gradient(
 
 
 def _dropped(totals: Tensor) -> Tensor:
-    """Share of totals[0] non-zeros that is not among the totals[1] kept: float32 (), 0 of none."""
+    """Share of totals[0] (...) non-zeros that is not among the totals[1] kept: float32 (...), 0 of none."""
     return (totals[0] - totals[1]) / totals[0].clamp_min(1)
