@@ -65,12 +65,12 @@ def test_a_small_model_on_one_gpu_fits(capsys):
     [
         (["--gpus", "8", "--mesh", "tp=2,dp=2"], "tp 2 x cp 1 x pp 1 x dp 2 = 4, but --gpus is 8"),
         (["--gpus", "8", "--mesh", "tq=2"], "expected NAME=SIZE,... with names of tp, cp, pp, dp"),
-        (["--gpus", "8", "--mesh", "tp=8"], "num_key_value_heads (4) does not divide by tp (8)"),
-        (["--gpus", "7"], "no mesh of 7 GPUs divides a batch of 16 rows"),
+        (["--gpus", "8", "--mesh", "tp=8"], "num_attention_heads (12) does not divide by tp (8)"),
+        (["--gpus", "17"], "no mesh of 17 GPUs divides a batch of 16 rows"),
         (["--gpus", "0"], "must be at least 1"),
         (["--gpus", "8", "--hardwar", "h100"], "did you mean --hardware?"),
         (["--gpus", "8", "--hardware", "h99"], "give one of b200, h100, h200"),
-        (["--gpus", "8", "--model.preset", "9b"], "unknown preset '9b'; did you mean '8b'?"),
+        (["--gpus", "8", "--model.preset", "9b"], "unknown preset '9b'; known: nano"),
         (["--gpus", "8", "--train.batchsize", "3"], "did you mean '--train.batch_size'?"),
     ],
 )

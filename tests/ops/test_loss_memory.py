@@ -43,8 +43,8 @@ def test_the_plain_loss(dtype):
         loss = linear_cross_entropy(hidden, weight, labels)
         loss.backward()
     assert loss.isfinite() and hidden.grad is not None and weight.grad is not None
-    # the logits of one chunk of 512 tokens
-    assert largest.elements == 512 * VOCABULARY < TOKENS * VOCABULARY // 2
+    # the logits of one chunk of at most 512 tokens
+    assert largest.elements <= 512 * VOCABULARY < TOKENS * VOCABULARY // 2
 
 
 def test_the_loss_of_a_split_vocabulary():
@@ -59,7 +59,7 @@ def test_the_loss_of_a_split_vocabulary():
         with Largest() as largest:
             vocab_parallel_cross_entropy(hidden, weight, labels).backward()
     assert hidden.grad is not None and weight.grad is not None
-    assert largest.elements == 512 * VOCABULARY // 2
+    assert largest.elements <= 512 * VOCABULARY // 2
 
 
 def test_logits_of_all_tokens_would_be_seen():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +110,13 @@ def mesh_of(text: str, gpus: int) -> Layout:
     """A mesh given by hand. Raises SidError unless its sizes multiply to the number of GPUs."""
     from sidlm.parallel.layout import Layout
 
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.strip().partition("=")
         if name not in MESH or not equals or not value.isdigit() or int(value) < 1:
             raise SidError(f"--mesh: expected NAME=SIZE,... with names of {', '.join(MESH)}, got {part.strip()!r}")
         sizes[MESH[name]] = int(value)
-    layout = Layout(**sizes)
+    layout = replace(Layout(), **sizes)
     if layout.gpus != gpus:
         product = " x ".join(f"{name} {size}" for name, size in layout.mesh.items())
         raise SidError(f"--mesh: {product} = {layout.gpus}, but --gpus is {gpus}")
