@@ -40,6 +40,7 @@ def mixer(config: SidConfig, layer_idx: int) -> nn.Module:
             window=(config.simplicial_window[0], config.simplicial_window[1]),
             form=config.simplicial_form,
             position=config.simplicial_position,
+            scale=config.simplicial_scale,
             qk_norm=config.simplicial_qk_norm,
             norm_eps=config.rms_norm_eps,
             k2_bias=config.simplicial_k2_bias,
