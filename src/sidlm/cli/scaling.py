@@ -16,6 +16,7 @@ from sidlm.errors import SidError
 COMMANDS = {
     "run": ("sidlm.cli.scaling", "train the cells of a grid that are not done yet, or list them"),
     "collect": ("sidlm.cli.scaling", "write the cells.jsonl of a grid's folder"),
+    "probe": ("sidlm.cli.scaling_probe", "train small models on tasks over pairs and triples, by number of examples"),
 }
 """Command -> (module, what it does); the module has a function of the command's name."""
 
