@@ -20,6 +20,7 @@ COMMANDS = {
     "efficiency": ("sidlm.cli.scaling_fit", "tokens, FLOPs and seconds to reach another variant's loss"),
     "plan": ("sidlm.cli.scaling_fit", "parameters and tokens for a budget of FLOPs"),
     "forecast": ("sidlm.cli.scaling_fit", "a benchmark's accuracy at a budget of FLOPs"),
+    "probe": ("sidlm.cli.scaling_probe", "train small models on tasks over pairs and triples, by number of examples"),
 }
 """Command -> (module, what it does); the module has a function of the command's name."""
 
