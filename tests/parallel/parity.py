@@ -98,7 +98,7 @@ def train(
             loss = model(**rows, num_items_in_batch=labelled, use_cache=False).loss
             loss.backward()
         else:
-            loss = pipeline.step(rows, num_items_in_batch=int(labelled), micro_batch_size=micro_batch_size)
+            loss = pipeline.step(rows, num_items=labelled, micro_batch_size=micro_batch_size)
         if step == 0:
             found["loss"] = loss.detach() if mesh is None else sum_over_tokens(loss, mesh)
             found |= {f"grad {name}": whole_of(p.grad) for name, p in model.named_parameters()}
@@ -150,12 +150,12 @@ def from_meta(name: str, sizes: dict[str, int]) -> dict[str, Tensor]:
     weights = build(name).state_dict()
     with torch.device("meta"):
         model = SidForCausalLM(config_of(name)).double().train()
-    parallelize(model, mesh, ShardConfig(precision="fp32", checkpoint_activations=True))
+    pipeline = parallelize(model, mesh, ShardConfig(precision="fp32", recompute="blocks"))
     model.to_empty(device="cpu")
     with torch.no_grad():
         for key, x in model.state_dict().items():
             x.copy_(distribute_tensor(weights[key], x.device_mesh, x.placements, src_data_rank=None))
-    return train(model, batch_share(mesh), mesh)
+    return train(model, batch_share(mesh), mesh, pipeline)
 
 
 def half_precision() -> dict[str, tuple[float, float]]:
@@ -205,14 +205,18 @@ CASES = {
         "determinant", 2, sequence_parallel=False, loss_parallel=False
     ),
     "tp2 sparse": lambda: tensor_parallel("sparse", 2),
-    "fsdp4 determinant, recomputed": lambda: planned("determinant", {}, checkpoint_activations=True),
+    "fsdp4 determinant, recomputed": lambda: planned("determinant", {}, recompute="blocks"),
     "hsdp 2x2 tied": lambda: planned("tied", {"dp_replicate": 2}),
     "tp2 x fsdp2 tied": lambda: planned("tied", {"tp": 2}),
     "tp2 x fsdp2 trilinear, from meta, recomputed": lambda: from_meta("trilinear", {"tp": 2}),
     "tp2 x replicate2 llama": lambda: planned("llama", {"tp": 2, "dp_replicate": 2}),
     "cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2}, reshard_after_forward=True),
     "cp2 x tp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}),
+    "cp2 x tp2 llama, cheap recomputation": lambda: planned("llama", {"cp": 2, "tp": 2}, recompute="cheap"),
     "cp2 x tp2 determinant, whole stream": lambda: planned("determinant", {"cp": 2, "tp": 2}, sequence_parallel=False),
+    "pp2 x fsdp2 tied, interleaved": lambda: staged("tied", {"pp": 2}, virtual_stages=2),
+    "pp2 x tp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
+    "pp4 determinant, gpipe": lambda: staged("determinant", {"pp": 4}, schedule="gpipe"),
 }
 MORE = {
     "tp4 tied": lambda: tensor_parallel("tied", 4),
@@ -226,27 +230,39 @@ MORE = {
     "cp2 x fsdp2 experts": lambda: planned("experts", {"cp": 2}),
     "cp2 x replicate2 determinant": lambda: planned("determinant", {"cp": 2, "dp_replicate": 2}),
     "cp4 llama": lambda: planned("llama", {"cp": 4}),
-    "cp2 x tp2 tied, recomputed": lambda: planned("tied", {"cp": 2, "tp": 2}, checkpoint_activations=True),
+    "cp2 x tp2 tied, recomputed": lambda: planned("tied", {"cp": 2, "tp": 2}, recompute="blocks"),
     "tp2 x fsdp2 llama, compiled": lambda: compiled("llama", {"tp": 2}),
-    "cp2 x tp2 trilinear, compiled and recomputed": lambda: compiled(
-        "trilinear", {"cp": 2, "tp": 2}, checkpoint_activations=True
+    "cp2 x fsdp2 experts, cheap recomputation": lambda: planned("experts", {"cp": 2}, recompute="cheap"),
+    "cp2 x tp2 trilinear, cheap recomputation, compiled": lambda: compiled(
+        "trilinear", {"cp": 2, "tp": 2}, recompute="cheap"
     ),
+    "cp2 x tp2 trilinear, compiled and recomputed": lambda: compiled(
+        "trilinear", {"cp": 2, "tp": 2}, recompute="blocks"
+    ),
+    "pp2 x fsdp2 trilinear": lambda: staged("trilinear", {"pp": 2}, rows=2),
+    "pp2 x cp2 trilinear": lambda: staged("trilinear", {"pp": 2, "cp": 2}),
+    "pp2 x replicate2 llama, gpipe interleaved": lambda: staged(
+        "llama", {"pp": 2, "dp_replicate": 2}, schedule="gpipe", virtual_stages=2
+    ),
+    "pp4 llama": lambda: staged("llama", {"pp": 4}),
+    "pp4 tied": lambda: staged("tied", {"pp": 4}),
+    "pp2 x tp2 tied, breadth first": lambda: staged("tied", {"pp": 2, "tp": 2}, virtual_stages=2, contiguous=4),
+    "pp2 x fsdp2 tied, from meta, recomputed": lambda: from_meta("tied", {"pp": 2}),
+    "pp2 x fsdp2 experts": lambda: staged("experts", {"pp": 2}),
 }
 EIGHT = {
+    "pp2 x tp2 x fsdp2 llama": lambda: staged("llama", {"pp": 2, "tp": 2}, virtual_stages=2),
+    "pp2 x tp2 x fsdp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
+    "pp2 x cp2 x fsdp2 llama": lambda: staged("llama", {"pp": 2, "cp": 2}),
+    "pp2 x cp2 x fsdp2 determinant": lambda: staged("determinant", {"pp": 2, "cp": 2}),
+    "pp2 x tp2 x cp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2, "cp": 2}, schedule="gpipe"),
     "tp2 x cp2 x fsdp2 llama": lambda: planned("llama", {"cp": 2, "tp": 2}),
-    "tp2 x cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}, checkpoint_activations=True),
+    "tp2 x cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}, recompute="cheap"),
     "tp2 x cp2 x replicate2 determinant": lambda: planned("determinant", {"cp": 2, "tp": 2, "dp_replicate": 2}),
     "tp2 x fsdp2 x replicate2 tied": lambda: planned("tied", {"tp": 2, "dp_replicate": 2}),
     "cp2 x fsdp2 x replicate2 trilinear": lambda: planned("trilinear", {"cp": 2, "dp_replicate": 2}),
 }
-PIPELINES = {
-    "pp2 x fsdp2 trilinear": lambda: staged("trilinear", {"pp": 2}, schedule="1f1b"),
-    "pp4 determinant, gpipe": lambda: staged("determinant", {"pp": 4}, schedule="gpipe"),
-    "pp2 x fsdp2 tied, interleaved": lambda: staged("tied", {"pp": 2}, virtual_stages=2),
-    "pp2 x tp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
-    "pp2 x cp2 trilinear": lambda: staged("trilinear", {"pp": 2, "cp": 2}),
-}
-SETS = {"more": MORE, "eight": EIGHT, "pipelines": PIPELINES}
+SETS = {"more": MORE, "eight": EIGHT}
 
 
 def main(rank: int, folder: Path) -> None:

@@ -37,6 +37,8 @@ class Stage(nn.Module):
         super().__init__()
         self.index, self.layers = index, layers
         self.last = index == count - 1
+        self.num_items: int | Tensor = 1
+        """labelled tokens of the batch, all that the loss is divided by"""
         self.part = part = _twin(model)
         part.model = _twin(model.model)
         held = [layer if i in layers else _HandedOn() for i, layer in enumerate(model.model.layers)]
@@ -55,10 +57,10 @@ class Stage(nn.Module):
         """
         if self.received is not None:
             self.received.x = x
-        if not self.last:  # without labels the head's output is the logits, here the activations
-            del tokens["shift_labels"]
-        output = self.part(**tokens, use_cache=False)
-        return output.loss if self.last else output.logits
+        if self.last:
+            return self.part(**tokens, num_items_in_batch=self.num_items, use_cache=False).loss
+        del tokens["shift_labels"]  # without labels there are logits: the head hands the activations on
+        return self.part(**tokens, use_cache=False).logits
 
 
 class _HandedOn(nn.Module):
@@ -135,11 +137,12 @@ class Pipeline:
             self.tied = model.lm_head if self.rank else model.model.embed_tokens
         _keep(model, self.stages, tied=self.tied is not None)
 
-    def step(self, rows: Mapping[str, Tensor], *, num_items_in_batch: int, micro_batch_size: int) -> Tensor:
+    def step(self, rows: Mapping[str, Tensor], *, num_items: int | Tensor, micro_batch_size: int) -> Tensor:
         """The loss of some rows, the same on every process of pp; gradients are added up as by `backward`.
 
         rows: input_ids, position_ids, doc_ids and shift_labels, each (B, T), the same on every process of pp, cp and
-        tp. micro_batch_size divides B. Loss and gradients are those of this process's tokens as after `parallelize`.
+        tp. num_items: labelled tokens of the whole batch. micro_batch_size: divides B. Loss and gradients are those of
+        this process's tokens, as after `parallelize`.
         """
         ids = rows["input_ids"]
         if len(ids) % micro_batch_size:
@@ -147,11 +150,13 @@ class Pipeline:
         shape = _Shape(micro_batch_size, ids.shape[1], len(ids) // micro_batch_size)
         if shape not in self._schedules:
             self._schedules = {shape: self._schedule(shape, ids.device)}  # one at a time: each has buffers
+        for stage in self.stages:
+            stage.num_items = num_items
         losses: list[Tensor] = []
         self._schedules[shape].step(
             *([ids] if self.rank == 0 else []), target=rows["shift_labels"], losses=losses, return_outputs=False,
-            **{"num_items_in_batch": num_items_in_batch, **rows},
-        )  # fmt: skip  # pyright: ignore[reportArgumentType]
+            **dict[str, Any](rows),
+        )  # fmt: skip
         self._add_tied_gradients()
         loss = torch.zeros((), dtype=self.loss_dtype, device=ids.device)
         for micro_loss in losses:

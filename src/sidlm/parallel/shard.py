@@ -1,4 +1,4 @@
-"""All plans over one model: context and tensor parallelism, pipeline stages, compiled and recomputed blocks, FSDP2."""
+"""All plans over one model: context and tensor parallelism, stages, recomputed and compiled blocks, FSDP2."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from sidlm.errors import SidError
 from sidlm.nn.block import Block
-from sidlm.parallel.config import PipelineConfig
+from sidlm.parallel.config import RECOMPUTE, PipelineConfig
 from sidlm.parallel.context import context_parallel
 from sidlm.parallel.mesh import fsdp_mesh
 from sidlm.parallel.pipeline import Pipeline
+from sidlm.parallel.recompute import recompute_block
 from sidlm.parallel.tensor import apply_tensor_parallel
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ class ShardConfig:
     reshard_after_forward: bool = False
     """free a block's gathered weights after its forward pass and gather them again for its backward pass. Llama 3 keeps
     them (section 3.3.2)"""
-    checkpoint_activations: bool = False
-    """keep only the inputs of blocks and compute the rest again in the backward pass"""
+    recompute: str = "none"
+    """what is computed again in the backward pass instead of kept: none, cheap (norms, elementwise functions and
+    gathered inputs, no matrix product) or blocks (all but the inputs of blocks)"""
     compile: bool = False
     """compile each block"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -50,6 +51,8 @@ class ShardConfig:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise SidError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.recompute not in RECOMPUTE:
+            raise SidError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {self.recompute!r}")
 
 
 def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) -> Pipeline | None:
@@ -87,12 +90,8 @@ def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) ->
             sequence_parts=tp if config.sequence_parallel else 1,
         )  # fmt: skip
     blocks = [block for block in model.model.layers if isinstance(block, Block)]
-    if config.compile:
-        for block in blocks:
-            block.forward = torch.compile(block.forward)
-    if config.checkpoint_activations:
-        for block in blocks:
-            checkpoint_block(block)
+    for block in blocks:
+        recompute_block(block, config.recompute, compiled=config.compile)
     roots = [model] if pipeline is None else pipeline.stages
     shard(
         blocks, roots, fsdp_mesh(mesh), weight_dtype=weight_dtype, precision=config.precision,
@@ -117,17 +116,6 @@ def cut_sequences(model: SidForCausalLM, mesh: DeviceMesh) -> None:
         return (), part.shard(kwargs) | kept
 
     model.register_forward_pre_hook(cut, with_kwargs=True)
-
-
-def checkpoint_block(block: nn.Module) -> None:
-    """Compute a block's activations again in the backward pass; modules and names stay as they are."""
-    inner = block.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        # no block draws random numbers, and keeping their state costs a wait for the device
-        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    block.forward = forward
 
 
 def shard(

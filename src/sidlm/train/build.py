@@ -12,6 +12,7 @@ import torch
 
 from sidlm.errors import SidError
 from sidlm.train.config import RunConfig
+from sidlm.train.float8 import convert
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -73,9 +74,12 @@ def choose_documents(documents: Sequence[Any], count: int, characters: int) -> l
     return turns[:count]
 
 
-def build_model(cfg: RunConfig, tokenizer: Tokenizer, *, resumed: bool = False) -> SidForCausalLM:
+def build_model(
+    cfg: RunConfig, tokenizer: Tokenizer, *, device: torch.device | str = "cpu", resumed: bool = False
+) -> SidForCausalLM:
     """The fp32 model of a run: a freshly initialised one of the preset for the tokenizer's vocabulary, or init_from's.
 
+    device: where a fresh one is drawn; a GPU draws billions of random numbers in seconds.
     resumed: the weights come from a checkpoint of the run, so those of init_from are not read.
     Raises SidError for an unknown preset or field (naming the nearest) and for values that do not fit together.
     """
@@ -90,7 +94,8 @@ def build_model(cfg: RunConfig, tokenizer: Tokenizer, *, resumed: bool = False) 
     except (ValueError, TypeError) as error:
         raise SidError(f"model: {' '.join(str(error).split())}") from error
     _check_vocabulary(config, tokenizer)
-    return SidForCausalLM(config).float()
+    with torch.device(device):
+        return SidForCausalLM(config).float()
 
 
 def start_folder(path: str) -> Path:
@@ -126,16 +131,22 @@ def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
 def spread(
     model: SidForCausalLM, cfg: RunConfig, mesh: DeviceMesh | None, device: torch.device, precision: str
 ) -> Pipeline | None:
-    """Compile each block, in place (parameter names stay), and shard the model over a mesh. Before the optimizer.
+    """float8 products, recomputed and compiled blocks, shards over a mesh, in place (parameter names stay). Before the
+    optimizer. Of a mesh with pipeline stages, returns what runs them."""
+    from sidlm.parallel.recompute import recompute_block
 
-    Of a mesh with pipeline stages, returns what runs them.
-    """
+    if cfg.train.float8 != "off":
+        if cfg.parallel.tp > 1:
+            raise SidError(f"train.float8 {cfg.train.float8} and parallel.tp {cfg.parallel.tp} do not go together yet")
+        convert(model, cfg.train.float8, device)
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
-        for block in model.model.layers if compiled else ():
-            block.compile()
+        for block in model.model.layers:
+            recompute_block(block, cfg.train.recompute, compiled=compiled)
         return None
     from sidlm.parallel.shard import ShardConfig, parallelize
 
-    settings = ShardConfig(precision=precision, compile=compiled, pipeline=cfg.parallel.pipeline)
+    settings = ShardConfig(
+        precision=precision, recompute=cfg.train.recompute, compile=compiled, pipeline=cfg.parallel.pipeline
+    )
     return parallelize(model, mesh, settings)

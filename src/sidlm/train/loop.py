@@ -99,7 +99,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         ready = found is not None or not group.first
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
-    model: Any = build_model(cfg, text.tokenizer, resumed=found is not None)
+    model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
     model.to(device).train()
     pipeline = spread(model, cfg, group.mesh, device, precision)
     optimizer = make_optimizer(model, cfg.optim)
@@ -124,8 +124,8 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         log.say(headline(cfg, model, device, precision, meter, state, group))
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
-        for step, batch in prefetched(text.loader, state.step, total_steps):
-            started = time.perf_counter()
+        started = time.perf_counter()
+        for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
             lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps)
             set_learning_rate(optimizer, lr)
             sparsity.switch(sparse, step, cfg.sparsity)
@@ -161,6 +161,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
                 on_step(record)
             if stopping:
                 break
+            started = time.perf_counter()
 
     peak_memory = hardware.peak_memory_bytes(device)
     finished = state.step == total_steps
@@ -191,31 +192,31 @@ def train_step(
     The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
-    labelled = max(1, group.sum_rows(int((batch.labels != -100).sum())))
-    tensors = {
-        "input_ids": batch.tokens, "position_ids": batch.positions, "doc_ids": batch.doc_ids,
-        "shift_labels": batch.labels,
-    }  # fmt: skip
-    rows = {name: t.to(device) for name, t in tensors.items()}
+    labelled = group.sum_rows(int((batch.labels != -100).sum()))
     if pipeline is not None:
-        loss = pipeline.step(rows, num_items_in_batch=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
+        part = batch.to(device, non_blocking=True)
+        loss = pipeline.step(arguments(part), num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
     else:
+        rows = cfg.train.micro_batch_size or cfg.train.batch_size
         # a sharded model casts its weights itself, once for each time that it gathers them
         autocast = "fp32" if group.mesh is not None else precision
         loss = torch.zeros((), device=device)
-        for micro_batch in cut(rows, cfg.train.micro_batch_size or cfg.train.batch_size):
+        for first in range(0, len(batch), rows):
+            part = batch[first : first + rows].to(device, non_blocking=True)
             with hardware.autocast(device, autocast):
-                micro_loss = model(**micro_batch, num_items_in_batch=labelled, use_cache=False).loss
+                micro_loss = model(**arguments(part), num_items_in_batch=labelled, use_cache=False).loss
             micro_loss.backward()
             loss += micro_loss.detach()
     loss = group.sum_tokens(loss)
     norm = clip_gradients(model.parameters(), cfg.optim.clip_norm, pipeline)
-    ok = math.isfinite(loss.item()) and math.isfinite(norm.item())
+    # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
+    loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
+    ok = math.isfinite(loss_value) and math.isfinite(norm_value)
     if ok:
         optimizer.step()
     update_balance(model, ok, group)
     optimizer.zero_grad(set_to_none=True)
-    return loss.item(), norm.item()
+    return loss_value, norm_value
 
 
 def whole_model(model: Any, cfg: RunConfig, step: int, group: Processes) -> Any:
@@ -241,10 +242,11 @@ def export(out: Path, model: Any, text: Text, group: Processes) -> None:
         folder.export_model(out, whole, text.tokenizer)
 
 
-def cut(rows: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of at most `size` rows."""
-    for first in range(0, len(rows["input_ids"]), size):
-        yield {name: t[first : first + size] for name, t in rows.items()}
+def arguments(rows: Batch) -> dict[str, torch.Tensor]:
+    """Rows of a batch as the model takes them."""
+    return {
+        "input_ids": rows.tokens, "position_ids": rows.positions, "doc_ids": rows.doc_ids, "shift_labels": rows.labels,
+    }  # fmt: skip
 
 
 def update_balance(model: Any, ok: bool, group: Processes) -> None:
@@ -255,14 +257,22 @@ def update_balance(model: Any, ok: bool, group: Processes) -> None:
             module.update_balance(rate, group.tokens)
 
 
-def prefetched(loader: Loader, first: int, end: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) for the steps first..end-1; a thread prepares the next batch during the step."""
+def prefetched(loader: Loader, first: int, end: int, *, pin: bool) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) for the steps first..end-1; a thread prepares the next batch during the step.
+
+    pin: whether in memory from which copies to a GPU need no waiting.
+    """
+
+    def prepare(step: int) -> Batch:
+        batch = loader.batch(step)
+        return batch.pinned() if pin else batch
+
     with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
-        following = pool.submit(loader.batch, first) if first < end else None
+        following = pool.submit(prepare, first) if first < end else None
         for step in range(first, end):
             assert following is not None
             batch = following.result()
-            following = pool.submit(loader.batch, step + 1) if step + 1 < end else None
+            following = pool.submit(prepare, step + 1) if step + 1 < end else None
             yield step, batch
 
 

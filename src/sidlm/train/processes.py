@@ -51,13 +51,13 @@ class Processes:
 
             self.share, self.tokens = batch_share(mesh), tokens_mesh(mesh).get_group()
 
-    def sum_rows(self, number: int) -> int:
-        """The sum over the processes that read other rows."""
+    def sum_rows(self, number: int) -> int | Tensor:
+        """The sum over the processes that read other rows, at least 1; of several, a tensor () not yet waited for."""
         if self.mesh is None:
-            return number
+            return max(1, number)
         from sidlm.parallel.mesh import sum_over_rows
 
-        return int(sum_over_rows(torch.tensor(number, device=self.mesh.device_type), self.mesh))
+        return sum_over_rows(torch.tensor(number, device=self.mesh.device_type), self.mesh).clamp_min(1)
 
     def describe(self, device: torch.device) -> str:
         """In a few words: the device, or how many of them in which mesh."""
