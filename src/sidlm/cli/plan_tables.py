@@ -78,10 +78,9 @@ def _activations(best: Plan) -> Table:
         "with other recomputation, same mesh", "recomputed", "activations GB", "together GB", "step s", "fits"
     )
     for other in recomputations(best):
-        table.add_row(
-            other.layout.recompute, f"{other.memory.activations / 1e9:.2f}", f"{other.memory.total / 1e9:.2f}", f"{other.time.total:.3f}",
-            "yes" if other.fits else "no",
-        )  # fmt: skip
+        sizes = (f"{size / 1e9:.2f}" for size in (other.memory.activations, other.memory.total))
+        fits = "yes" if other.fits else "no"
+        table.add_row(other.layout.recompute, *sizes, f"{other.time.total:.3f}", fits)
     return table
 
 
