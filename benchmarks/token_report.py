@@ -78,7 +78,7 @@ def resolution(rows: list[Row]) -> str:
     body = []
     for size in (*SIZES, "all"):
         here = [row for row in rows if size in (row["size"], "all")]
-        spread, degrees = common_spread([g for v in CORE[1:] for g in by_size(here, v, "full") if g])
+        spread, degrees = pairs_spread(here)
         plain = [[row["loss"] for row in here if (row["size"], row["variant"]) == (s, "full")] for s in SIZES]
         if degrees:
             seeds = common_spread([g for g in plain if g])[0]
@@ -99,9 +99,7 @@ def core(rows: list[Row], done: list[Row]) -> str:
     more tokens for equal FLOPs.
     """
     body = []
-    spreads = {
-        b: common_spread([g for v in CORE if v != b for g in by_size(rows, v, b) if g]) for b in ("full", "sliding")
-    }
+    spread = pairs_spread(rows)
     for size in SIZES:
         here = [row for row in rows if row["size"] == size]
         full = next((row for row in here if row["variant"] == "full"), None)
@@ -111,7 +109,10 @@ def core(rows: list[Row], done: list[Row]) -> str:
             if not mine or full is None:
                 continue
             relative = mine[0]["flops"] / full["flops"]
-            to = {b: paired([differences(here, variant, b)], spreads[b]) if variant != b else None for b in spreads}
+            to = {
+                b: paired([differences(here, variant, b)], spread) if variant != b else None
+                for b in ("full", "sliding")
+            }
             saved = equal = ""
             if to["full"] and steepness:
                 saved = "{:+.0%} ({:+.0%} to {:+.0%})".format(*tokens_saved(to["full"], steepness))
@@ -119,7 +120,7 @@ def core(rows: list[Row], done: list[Row]) -> str:
                 equal = str(Mean(to["full"].value + gain, to["full"].half, to["full"].count))
             body.append([size, variant, f"{mine[0]['params_non_embedding'] / 1e6:.2f}", f"{relative:.3f}",
                          f"{statistics.mean(r['loss'] for r in mine):.4f} ({len(mine)})",
-                         *(str(to[b] or "") for b in spreads), saved, equal])  # fmt: skip
+                         *(str(m or "") for m in to.values()), saved, equal])  # fmt: skip
     return table(["size", "variant", "M params", "FLOPs", "loss (seeds)", "minus full", "minus sliding",
                   "tokens saved", "minus full of equal FLOPs"], body)  # fmt: skip
 
@@ -128,14 +129,19 @@ def by_size(rows: list[Row], variant: str, base: str, value: Any = lambda row: r
     return [differences([r for r in rows if r["size"] == size], variant, base, value) for size in SIZES]
 
 
+def pairs_spread(rows: list[Row], value: Any = lambda row: row["loss"]) -> tuple[float, int]:
+    """One spread for differences within pairs, of all sizes and variants: few seeds tell little about each."""
+    return common_spread([g for v in CORE[1:] for g in by_size(rows, v, "full", value) if g])
+
+
 def overall(rows: list[Row]) -> str:
-    """Differences over all sizes; their spread is common to all variants and sizes, since few seeds tell little."""
+    """Differences over all sizes, each with the same weight."""
     body = []
     for variant in CORE[1:]:
         line = [variant]
         for base in ("full", "sliding", "deeper"):
-            spread = common_spread([g for v in CORE if v != base for g in by_size(rows, v, base) if g])
-            line.append(str(paired(by_size(rows, variant, base), spread) or "") if variant != base else "")
+            found = paired(by_size(rows, variant, base), pairs_spread(rows)) if variant != base else None
+            line.append(str(found or ""))
         body.append(line)
     return table(["variant", "minus full", "minus sliding", "minus deeper"], body)
 
@@ -183,7 +189,7 @@ def parts(rows: list[Row], name: str) -> str:
         def value(row: Row, part: str = part) -> float:
             return row[name][part][field]
 
-        spread = common_spread([g for v in CORE[1:] for g in by_size(rows, v, "full", value) if g])
+        spread = pairs_spread(rows, value)
         for variant in CORE[1:]:
             line.append(str(paired(by_size(rows, variant, "full", value), spread) or ""))
         body.append(line)
@@ -213,7 +219,7 @@ def finish(axes: Any, title: str) -> None:
 
 def plot_core(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 4.0), dpi=150)
-    spread = common_spread([g for v in CORE[1:] for g in by_size(rows, v, "full") if g])
+    spread = pairs_spread(rows)
     for i, variant in enumerate(CORE[1:]):
         for j, size in enumerate(SIZES):
             found = differences([r for r in rows if r["size"] == size], variant, "full")
