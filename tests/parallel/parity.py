@@ -135,7 +135,7 @@ def from_meta(name: str, sizes: dict[str, int]) -> dict[str, Tensor]:
     weights = build(name).state_dict()
     with torch.device("meta"):
         model = SidForCausalLM(config_of(name)).double().train()
-    parallelize(model, mesh, ShardConfig(precision="fp32", checkpoint_activations=True))
+    parallelize(model, mesh, ShardConfig(precision="fp32", recompute="blocks"))
     model.to_empty(device="cpu")
     with torch.no_grad():
         for key, x in model.state_dict().items():
@@ -190,13 +190,14 @@ CASES = {
         "determinant", 2, sequence_parallel=False, loss_parallel=False
     ),
     "tp2 sparse": lambda: tensor_parallel("sparse", 2),
-    "fsdp4 determinant, recomputed": lambda: planned("determinant", {}, checkpoint_activations=True),
+    "fsdp4 determinant, recomputed": lambda: planned("determinant", {}, recompute="blocks"),
     "hsdp 2x2 tied": lambda: planned("tied", {"dp_replicate": 2}),
     "tp2 x fsdp2 tied": lambda: planned("tied", {"tp": 2}),
     "tp2 x fsdp2 trilinear, from meta, recomputed": lambda: from_meta("trilinear", {"tp": 2}),
     "tp2 x replicate2 llama": lambda: planned("llama", {"tp": 2, "dp_replicate": 2}),
     "cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2}, reshard_after_forward=True),
     "cp2 x tp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}),
+    "cp2 x tp2 llama, cheap recomputation": lambda: planned("llama", {"cp": 2, "tp": 2}, recompute="cheap"),
     "cp2 x tp2 determinant, whole stream": lambda: planned("determinant", {"cp": 2, "tp": 2}, sequence_parallel=False),
 }
 MORE = {
@@ -211,15 +212,19 @@ MORE = {
     "cp2 x fsdp2 experts": lambda: planned("experts", {"cp": 2}),
     "cp2 x replicate2 determinant": lambda: planned("determinant", {"cp": 2, "dp_replicate": 2}),
     "cp4 llama": lambda: planned("llama", {"cp": 4}),
-    "cp2 x tp2 tied, recomputed": lambda: planned("tied", {"cp": 2, "tp": 2}, checkpoint_activations=True),
+    "cp2 x tp2 tied, recomputed": lambda: planned("tied", {"cp": 2, "tp": 2}, recompute="blocks"),
     "tp2 x fsdp2 llama, compiled": lambda: compiled("llama", {"tp": 2}),
+    "cp2 x fsdp2 experts, cheap recomputation": lambda: planned("experts", {"cp": 2}, recompute="cheap"),
+    "cp2 x tp2 trilinear, cheap recomputation, compiled": lambda: compiled(
+        "trilinear", {"cp": 2, "tp": 2}, recompute="cheap"
+    ),
     "cp2 x tp2 trilinear, compiled and recomputed": lambda: compiled(
-        "trilinear", {"cp": 2, "tp": 2}, checkpoint_activations=True
+        "trilinear", {"cp": 2, "tp": 2}, recompute="blocks"
     ),
 }
 EIGHT = {
     "tp2 x cp2 x fsdp2 llama": lambda: planned("llama", {"cp": 2, "tp": 2}),
-    "tp2 x cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}, checkpoint_activations=True),
+    "tp2 x cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}, recompute="cheap"),
     "tp2 x cp2 x replicate2 determinant": lambda: planned("determinant", {"cp": 2, "tp": 2, "dp_replicate": 2}),
     "tp2 x fsdp2 x replicate2 tied": lambda: planned("tied", {"tp": 2, "dp_replicate": 2}),
     "cp2 x fsdp2 x replicate2 trilinear": lambda: planned("trilinear", {"cp": 2, "dp_replicate": 2}),

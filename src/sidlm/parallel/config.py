@@ -11,6 +11,9 @@ from sidlm.errors import SidError
 DIMENSIONS = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
 """Outermost first: neighbouring ranks differ in tp, whose traffic needs the fastest links (Llama 3, section 3.3.2)"""
 
+RECOMPUTE = ("none", "cheap", "blocks")
+"""What is computed again in the backward pass: nothing; what costs no matrix product; whole blocks"""
+
 TOLD_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables from which a process knows the others"""
 

@@ -1,4 +1,4 @@
-"""All plans over one model: context and tensor parallelism, compiled and recomputed blocks, FSDP2, in this order."""
+"""All plans over one model: context and tensor parallelism, recomputed and compiled blocks, FSDP2, in this order."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from sidlm.errors import SidError
+from sidlm.parallel.config import RECOMPUTE
 from sidlm.parallel.context import context_parallel
 from sidlm.parallel.mesh import fsdp_mesh
+from sidlm.parallel.recompute import recompute_block
 from sidlm.parallel.tensor import apply_tensor_parallel
 
 if TYPE_CHECKING:
@@ -36,14 +37,17 @@ class ShardConfig:
     reshard_after_forward: bool = False
     """free a block's gathered weights after its forward pass and gather them again for its backward pass. Llama 3 keeps
     them (section 3.3.2)"""
-    checkpoint_activations: bool = False
-    """keep only the inputs of blocks and compute the rest again in the backward pass"""
+    recompute: str = "none"
+    """what is computed again in the backward pass instead of kept: none, cheap (norms, elementwise functions and
+    gathered inputs, no matrix product) or blocks (all but the inputs of blocks)"""
     compile: bool = False
     """compile each block"""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise SidError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.recompute not in RECOMPUTE:
+            raise SidError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {self.recompute!r}")
 
 
 def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) -> None:
@@ -68,12 +72,8 @@ def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) ->
             model, mesh["tp"], sequence_parallel=config.sequence_parallel, loss_parallel=config.loss_parallel
         )
     blocks: list[nn.Module] = list(model.model.layers)
-    if config.compile:
-        for block in blocks:
-            block.forward = torch.compile(block.forward)
-    if config.checkpoint_activations:
-        for block in blocks:
-            checkpoint_block(block)
+    for block in blocks:
+        recompute_block(block, config.recompute, compiled=config.compile)
     shard(model, fsdp_mesh(mesh), precision=config.precision, reshard_after_forward=config.reshard_after_forward)
 
 
@@ -91,17 +91,6 @@ def cut_sequences(model: SidForCausalLM, mesh: DeviceMesh) -> None:
         return (), part.shard(kwargs) | kept
 
     model.register_forward_pre_hook(cut, with_kwargs=True)
-
-
-def checkpoint_block(block: nn.Module) -> None:
-    """Compute a block's activations again in the backward pass; modules and names stay as they are."""
-    inner = block.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        # no block draws random numbers, and keeping their state costs a wait for the device
-        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    block.forward = forward
 
 
 def shard(model: SidForCausalLM, mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool) -> None:

@@ -130,16 +130,20 @@ def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
 def spread(
     model: SidForCausalLM, cfg: RunConfig, mesh: DeviceMesh | None, device: torch.device, precision: str
 ) -> None:
-    """float8 products, compiled blocks, shards over a mesh, in place (parameter names stay). Before the optimizer."""
+    """float8 products, recomputed and compiled blocks, shards over a mesh, in place (parameter names stay). Before the
+    optimizer."""
+    from sidlm.parallel.recompute import recompute_block
+
     if cfg.train.float8 != "off":
         if cfg.parallel.tp > 1:
             raise SidError(f"train.float8 {cfg.train.float8} and parallel.tp {cfg.parallel.tp} do not go together yet")
         convert(model, cfg.train.float8, device)
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
-        for block in model.model.layers if compiled else ():
-            block.compile()
+        for block in model.model.layers:
+            recompute_block(block, cfg.train.recompute, compiled=compiled)
         return
     from sidlm.parallel.shard import ShardConfig, parallelize
 
-    parallelize(model, mesh, ShardConfig(precision=precision, compile=compiled))
+    settings = ShardConfig(precision=precision, recompute=cfg.train.recompute, compile=compiled)
+    parallelize(model, mesh, settings)

@@ -99,6 +99,9 @@ class TrainConfig:
     """bf16: autocast over fp32 weights; auto: bf16 on CUDA, fp32 on a CPU"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    recompute: Literal["none", "cheap", "blocks"] = "none"
+    """what the backward pass computes again to save memory: none; cheap, what costs no matrix product; blocks, all but
+    the inputs of blocks"""
     float8: Literal["off", "tensorwise", "rowwise"] = "off"
     """products of the inner blocks' linear layers in float8, through torchao: scaled by the largest value of a tensor,
     which is fastest, or of each row; emulated where the device has no such products"""

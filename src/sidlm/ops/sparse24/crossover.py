@@ -28,8 +28,8 @@ NEVER = 1 << 62
 
 TABLE: tuple[Crossover, ...] = (
     # benchmarks/results/sparse24_h200_layers.json, of which benchmarks/sparse24.py --replot prints them
-    Crossover("NVIDIA H200", False, 21504, 4096, 1024, 1024, 2048),
-    Crossover("NVIDIA H200", True, 21504, 4096, 1024, 1024, 8192),
+    Crossover("NVIDIA H200", False, 21504, 4096, 512, 2048, 2048),
+    Crossover("NVIDIA H200", True, 21504, 4096, 1024, 2048, 8192),
 )
 
 ASSUMED = 4096

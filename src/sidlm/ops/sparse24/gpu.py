@@ -242,8 +242,9 @@ def products_into(into: Tensor, parts: list[tuple[Tensor, Laid | Operand]], b: O
 def few_rows(a: Operand, b: Operand, fp8: bool) -> Tensor:
     """`dense_matmul` where a has few rows."""
     (a, a_scale), (b, b_scale) = _operand(a, fp8), _operand(b, fp8)
-    multiply = hopper_product.dense_product if hopper_product.multiplies_dense(a, b) else dense_product
-    return multiply(a, a_scale, b, b_scale)
+    if a_scale is not None and b_scale is not None and hopper_product.takes_few_rows(a, b):
+        return hopper_product.few_rows(a, a_scale, b, b_scale)
+    return dense_product(a, a_scale, b, b_scale)
 
 
 def pack_activation(y1: Tensor, fp8: bool, keep: bool = True, measure: bool = True) -> tuple[Packed, Tensor, Tensor]:
@@ -347,17 +348,6 @@ def pack_up(x: Tensor, w_up: Tensor, fp8: bool, count: bool) -> tuple[Packed, Te
     return closed(_lay(values, tiled, packed, backend)), counts
 
 
-def pack_down(g: Tensor, w_down: Tensor, act: Laid | Whole, fp8: bool) -> Laid | None:
-    if fp8 or isinstance(act, Whole) or not hopper_product.packs_gradient(g, w_down):
-        return None
-    values, tiled = _piece(len(act.values), len(w_down.T), g.dtype, g.device)
-    given = act.for_kernels
-    hopper_product.packed_gradient(g, w_down, given, values[: len(g)])
-    if given.metadata.data_ptr() == act.tiled.data_ptr():  # as the backend reads it
-        tiled = act.tiled
-    return replace(_lay(values, tiled, given._replace(values=values[: len(g)]), act.backend), count=False)
-
-
 STEPS = Steps(
     dense_matmul=dense_matmul,
     pack_activation=pack_activation,
@@ -375,7 +365,6 @@ STEPS = Steps(
     weight_gradient=weight_gradient,  # pyright: ignore
     exact_gradients=exact_gradients,
     pack_up=pack_up,
-    pack_down=pack_down,  # pyright: ignore
 )
 
 

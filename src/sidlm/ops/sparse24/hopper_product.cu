@@ -7,8 +7,6 @@
 //   TURNED    whether B lies as (K, N), not (N, K); of 16 bits alone
 //   SCALED    whether C is multiplied by a factor for each row and one for each column
 //   PACK      whether C leaves as relu(C)^2, 2:4 sparse along its rows and packed, instead of as it is; of bfloat16
-//   GRADIENT  whether C leaves as C times the derivative of relu^2, packed where an activation is that comes as `rows`
-//             (M, N / 2) with metadata `meta`; of bfloat16. The third map is that of the activation, in tiles
 //   BN, WARPGROUPS, BLOCKS, STAGES, SLOTS, CLUSTER, GROUP   how: see below
 //
 // A block makes tiles of BM x BN, one after another. One warp loads, by the copy engine; each of the other warpgroups
@@ -196,54 +194,6 @@ DEVICE void write_tile(float (&c)[BN / 2], u8* values, u8* meta, int m, int n, i
     if (y < M && x < BN && n + x < N) *(uint2*)(meta + (u64)y * (N / 8) + (n + x) / 8) = make_uint2(g[0], g[1]);
   }
 }
-#elif GRADIENT
-// 2 sqrt(a), the nearest number for those that are not subnormal, which count as 0; NaN of an infinity
-DEVICE float twice_root(float a) {
-  bool some = !(a < 1.17549435e-38f);
-  float x = some ? a : 1.0f, r;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  float s = x * r, nearest = fmaf(0.5f * r, fmaf(-s, s, x), s);
-  return some ? 2.0f * nearest : 0.0f;
-}
-DEVICE u32 times_root(u32 gradients, u32 activations) {  // each of two
-  float u = twice_root(__uint_as_float(activations << 16)), v = twice_root(__uint_as_float(activations & 0xFFFF0000));
-  return halves(u * __uint_as_float(gradients << 16), v * __uint_as_float(gradients & 0xFFFF0000));
-}
-
-// The gradient of relu^2 for 64 rows of accumulators: values (M, N / 2) where the activation has its own. A thread reads
-// and writes those of 16 columns, and after a trade has one group of four of each 16, as where activations are packed.
-DEVICE void write_tile(float (&c)[BN / 2], u8* out, const u8* act, const u8* meta, int m, int n, int M, int N) {
-  constexpr int BOXES = BN / 64;
-  int lane = threadIdx.x % 4, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, odd = lane & 1, upper = lane >> 1;
-  int shift = 4 * (upper + 2 * odd);  // of this thread's group in the metadata of four
-  auto inside = [&](int i, int box) { return m + row + 8 * i < M && n + 64 * box < N; };
-  auto at = [&](int i, int box) { return (u64)(m + row + 8 * i) * N + n + 64 * box; };
-  uint4 next = {};
-  uint2 next_e = {};
-  auto fetch = [&](int i, int box) {
-    if (!inside(i, box)) return;
-    next = __ldg((const uint4*)(act + at(i, box) + 16 * lane));
-    next_e = __ldg((const uint2*)(meta + at(i, box) / 8));
-  };
-  fetch(0, 0);
-#pragma unroll
-  for (int k = 0; k < 2 * BOXES; k++) {  // rows r and r + 8, 64 columns at a time
-    int i = k / BOXES, box = k % BOXES;
-    u32 a[4] = {next.x, next.z, next.y, next.w}, e[2] = {next_e.x, next_e.y}, x[4];
-    if (k + 1 < 2 * BOXES) fetch((k + 1) / BOXES, (k + 1) % BOXES);
-    trade(a);
-#pragma unroll
-    for (int p = 0; p < 4; p++) {  // 16 columns
-      int j = 32 * box + 8 * p + 2 * i;
-      u32 near = halves(c[j], c[j + 1]), far = halves(c[j + 4], c[j + 5]);
-      u32 other = __shfl_xor_sync(~0u, odd ? near : far, 1), nibble = e[p / 2] >> (16 * (p % 2) + shift);
-      u32 which = 0x1010 + 0x22 * (nibble & 3) + 0x2200 * (nibble >> 2 & 3);
-      x[p] = times_root(__byte_perm(odd ? other : near, odd ? far : other, which), a[p]);
-    }
-    trade(x);
-    if (inside(i, box)) *(uint4*)(out + at(i, box) + 16 * lane) = make_uint4(x[0], x[2], x[1], x[3]);
-  }
-}
 #else
 // 64 rows of accumulators, scaled and rounded to 16 bits. Four threads have two columns each of every eight of a row;
 // they trade, so that each writes eight neighbours.
@@ -303,9 +253,6 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
       for (int i = first; i < tiles; i += stride) {
         Tile tile = tile_at(i, tiles_m, tiles_n);
         int m = (tile.m * CLUSTER + block) * BM, n = tile.n * BN;
-#if GRADIENT  // into the L2 cache, long before it is read
-        asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&e_map), "r"(n), "r"(m));
-#endif
         for (int step = 0; step < steps; step++) {
           bool more = SPARSE && step % PERIOD == 0;
           u32 barrier = full + 8 * stage;
@@ -337,14 +284,6 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
     float c[BLOCKS][BN / 2];
     for (int i = first; i < tiles; i += stride) {
       Tile tile = tile_at(i, tiles_m, tiles_n);
-#if GRADIENT
-#pragma unroll
-      for (int j = 0; j < BLOCKS; j++) {
-        int y = (tile.m * CLUSTER + block) * BM + (mine + j) * 64 + thread / 2;
-        const u8* line = meta + (u64)y * (N / 8) + tile.n * BN / 8;
-        if (y < M && !(thread & 1)) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-      }
-#endif
       u32 e_slot = 0;
       int previous = 0;
       // the tensor cores may still read the metadata of a stage when the next one's is loaded: two sets of registers
@@ -400,8 +339,6 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
         int m = (tile.m * CLUSTER + block) * BM + (mine + j) * 64, n = tile.n * BN;
 #if PACK
         write_tile(c[j], out, meta, m, n, M, N);
-#elif GRADIENT
-        write_tile(c[j], out, (const u8*)rows, meta, m, n, M, N);
 #else
         write_tile(c[j], out, rows, columns, m, n, M, N);
 #endif

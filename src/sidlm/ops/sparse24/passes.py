@@ -82,9 +82,7 @@ def backward(
     if on and recipe.reuse_mask:
         assert kept.act is not None
         act = steps.opened(kept.act)
-        dact = steps.pack_down(g, w_down, act, fp8)
-        if dact is None:
-            dact = steps.pack_gradient(steps.dense_matmul(g, w_down.T, fp8), act, fp8)
+        dact = steps.pack_gradient(steps.dense_matmul(g, w_down.T, fp8), act, fp8)
         dx = steps.sparse_matmul(dact, w_up.T, fp8)
     else:
         act, dact = _dense_gradients(steps, g, x, w_up, w_down, kept.y1, fp8)

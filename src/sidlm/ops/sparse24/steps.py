@@ -83,6 +83,3 @@ class Steps(NamedTuple):
     pack_up: Callable[[Tensor, Tensor, bool, bool], tuple[Packed, Tensor] | None] | None = None
     """(x (T, d), w_up (F, d), fp8, count) -> act and counts of `pack_activation` of their product, counts not written
     unless count is true; None where the two steps are to be taken"""
-    pack_down: Callable[[Tensor, Tensor, Any, bool], Packed | None] = lambda *_: None
-    """(g (T, d_out), w_down (d_out, F), act as `opened` returns it, fp8) -> `pack_gradient` of g @ w_down; None where
-    the two steps are to be taken"""
