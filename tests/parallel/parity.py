@@ -297,4 +297,4 @@ def main(rank: int, folder: Path) -> None:
 if __name__ == "__main__":
     for model in MODELS:
         alone(model)  # before the fork, so that it is done once
-    sys.exit(run(main, 8 if sys.argv[2:] == ["eight"] else RANKS, Path(sys.argv[1])))
+    sys.exit(run(main, 8 if sys.argv[2:] == ["eight"] else RANKS, Path(sys.argv[1]), seconds=280.0))
