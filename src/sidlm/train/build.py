@@ -147,6 +147,10 @@ def spread(
     from sidlm.parallel.shard import ShardConfig, parallelize
 
     settings = ShardConfig(
-        precision=precision, recompute=cfg.train.recompute, compile=compiled, pipeline=cfg.parallel.pipeline
+        precision=precision,
+        recompute=cfg.train.recompute,
+        compile=compiled,
+        pipeline=cfg.parallel.pipeline,
+        ep=cfg.parallel.ep,
     )
     return parallelize(model, mesh, settings)
