@@ -31,12 +31,11 @@ def check_experts(config: SidConfig, ep: int) -> None:
         raise SidError(f"num_local_experts ({config.num_local_experts}) does not divide by ep ({ep})")
 
 
-def split_experts(layer: nn.Module, mesh: DeviceMesh) -> None:
+def split_experts(layer: Any, mesh: DeviceMesh) -> None:
     """Keep one part of a layer's experts on each process of a 1-D mesh, in place; names of parameters stay."""
-    assert isinstance(layer, MoEFeedForward)
     for name, weight in list(expert_weights(layer)):
         part = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
-        layer.register_parameter(name, nn.Parameter(part, weight.requires_grad)  # pyright: ignore[reportCallIssue])
+        layer.register_parameter(name, nn.Parameter(part, requires_grad=weight.requires_grad))
 
     def run_experts(rows: Tensor, counts: Tensor) -> Tensor:
         return _run_far_experts(layer, rows, counts, mesh)
@@ -44,7 +43,7 @@ def split_experts(layer: nn.Module, mesh: DeviceMesh) -> None:
     layer.run_experts = run_experts
 
 
-def expert_weights(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def expert_weights(layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """The stacked weights of a layer's experts, by name."""
     for name in ("up_proj", "gate_proj", "down_proj"):
         weight = getattr(layer, name)
