@@ -256,7 +256,7 @@ MORE = {
     "pp2 x fsdp2 experts": lambda: staged("experts", {"pp": 2}),
 }
 EIGHT = {
-    "ep4 x fsdp2 experts": lambda: planned("experts", {}, ep=4),
+    "ep4 x cp2 experts": lambda: planned("experts", {"cp": 2}, ep=4),
     "ep2 x cp2 x pp2 experts": lambda: planned("experts", {"cp": 2, "pp": 2}, ep=2),
     "pp2 x tp2 x fsdp2 llama": lambda: staged("llama", {"pp": 2, "tp": 2}, virtual_stages=2),
     "pp2 x tp2 x fsdp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
