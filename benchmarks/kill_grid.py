@@ -2,9 +2,9 @@
 
     python benchmarks/kill_grid.py --kills 6 --json benchmarks/results/kill_grid.json
 
-`sid scaling run` of four tiny cells is killed at random moments, half of the time together with the training processes it
-has started, and started again. At the end the losses must be those of a grid that ran undisturbed, to the last bit; no
-cell's result may have been written twice, and no optimizer step be missing or recorded twice.
+`sid scaling run` of four tiny cells is killed at random moments, half of the time together with the training processes
+that it has started, and started again. At the end the losses must be those of a grid that ran undisturbed, to the last
+bit; no cell's result may have been written twice, and no optimizer step be missing or recorded twice.
 """
 
 from __future__ import annotations
@@ -79,7 +79,23 @@ def main() -> int:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        words = "the cat dog bird sees hears likes a small red house tree and then says".split()
+        words = [
+            "the",
+            "cat",
+            "dog",
+            "bird",
+            "sees",
+            "hears",
+            "likes",
+            "a",
+            "small",
+            "red",
+            "house",
+            "tree",
+            "and",
+            "then",
+            "says",
+        ]
         texts = (" ".join(rng.choices(words, k=rng.randint(20, 60))) for _ in range(200))
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         (folder / "grid.yaml").write_text(GRID.replace("STEPS", str(args.steps * 4 * 32)))
