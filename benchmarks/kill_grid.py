@@ -79,23 +79,7 @@ def main() -> int:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        words = [
-            "the",
-            "cat",
-            "dog",
-            "bird",
-            "sees",
-            "hears",
-            "likes",
-            "a",
-            "small",
-            "red",
-            "house",
-            "tree",
-            "and",
-            "then",
-            "says",
-        ]
+        words = ["the", "cat", "dog", "bird", "sees", "a", "small", "red", "house", "tree", "and", "then", "says"]
         texts = (" ".join(rng.choices(words, k=rng.randint(20, 60))) for _ in range(200))
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         (folder / "grid.yaml").write_text(GRID.replace("STEPS", str(args.steps * 4 * 32)))
