@@ -46,7 +46,10 @@ def test_pairs_and_intervals():
     assert found == pytest.approx([-0.1, -0.3])
     mean = statistics.mean(found)
     assert mean.value == pytest.approx(-0.2) and mean.half == pytest.approx(12.7062 * 0.1, rel=1e-4)
-    assert statistics.pooled([[1.0, 3.0], [0.0, 2.0]]).half == pytest.approx(4.3027 * math.sqrt(2) / 2, rel=1e-4)
+    groups = [[1.0, 3.0], [0.0, 2.0]]
+    assert statistics.common_spread(groups) == (pytest.approx(math.sqrt(2)), 2)
+    pooled = statistics.pooled(groups, math.sqrt(2), 2)
+    assert pooled.value == 1.5 and pooled.half == pytest.approx(4.3027 * math.sqrt(2) / 2, rel=1e-4)
 
 
 def test_tokens_saved_is_the_inverse_of_a_power_law():
