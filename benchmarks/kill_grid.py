@@ -73,6 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--steps", type=int, default=60, help="of each cell")
+    parser.add_argument("--longest", type=float, default=60, help="seconds before a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
@@ -90,7 +91,7 @@ def main() -> int:
         while True:
             runner = start(folder, "killed")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                runner.wait(rng.uniform(2, 25) if kills < args.kills else None)
+                runner.wait(rng.uniform(2, args.longest) if kills < args.kills else None)
             if runner.returncode is not None:
                 break
             both = rng.random() < 0.5
