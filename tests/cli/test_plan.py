@@ -37,6 +37,8 @@ def test_a_mesh_by_hand_as_json(capsys):
     assert status == 0 and found["plan"]["mesh"] == {"tp": 8, "cp": 1, "pp": 16, "dp": 128}
     assert found["parameter_bytes"]["planned"] == found["parameter_bytes"]["built"]
     assert found["plan"]["fits"] and found["others"] == []
+    kept = [found["recomputation"][how]["activations"] for how in ("none", "cheap", "blocks")]
+    assert kept == sorted(kept, reverse=True) and kept[1] == found["plan"]["memory_bytes"]["activations"]
 
 
 def test_a_sid_model_over_long_rows(capsys):

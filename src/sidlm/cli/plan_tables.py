@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from rich.box import SIMPLE
@@ -10,9 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sidlm.models.flops import num_parameters
-from sidlm.parallel.config import RECOMPUTE
 from sidlm.parallel.layout import bubble
-from sidlm.parallel.plan import Plan, plan
+from sidlm.parallel.plan import Plan, recomputations
 from sidlm.parallel.search import WORDS, Found, neighbours, reason
 from sidlm.parallel.step_time import UNMODELLED
 
@@ -79,12 +77,10 @@ def _activations(best: Plan) -> Table:
     table = _table(
         "with other recomputation, same mesh", "recomputed", "activations GB", "together GB", "step s", "fits"
     )
-    for how in RECOMPUTE:
-        other = plan(best.job, replace(best.layout, recompute=how), best.hardware, best.unmodelled)
-        table.add_row(
-            how, f"{other.memory.activations / 1e9:.2f}", f"{other.memory.total / 1e9:.2f}", f"{other.time.total:.3f}",
-            "yes" if other.fits else "no",
-        )  # fmt: skip
+    for other in recomputations(best):
+        sizes = (f"{size / 1e9:.2f}" for size in (other.memory.activations, other.memory.total))
+        fits = "yes" if other.fits else "no"
+        table.add_row(other.layout.recompute, *sizes, f"{other.time.total:.3f}", fits)
     return table
 
 
