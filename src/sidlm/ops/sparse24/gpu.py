@@ -314,7 +314,7 @@ def exact_gradients(
 
 
 def _turned(x: Tensor, scale: Tensor | None = None, at_once: bool = True) -> Operand:
-    """x (T, n), or in e4m3 with a scale (T,), as e4m3 (n, T') with scales of its rows; at_once: with no step between."""
+    """x (T, n), or in e4m3 with a scale (T,), as e4m3 (n, T') with scales of its rows; at_once: no step between."""
     order, length = token_order(len(x), x.device, False), -(-len(x) // FP8_MULTIPLE) * FP8_MULTIPLE
     if scale is None:
         return triton_transpose.transpose_rows(x, order, length, True)
