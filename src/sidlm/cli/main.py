@@ -15,6 +15,7 @@ from sidlm.errors import SidError
 # command -> (module, what it does); the modules are imported only when asked for, so that help is instant
 COMMANDS = {
     "demo": ("sidlm.cli.demo", "train, evaluate and sample a tiny model here, in minutes, with no download"),
+    "plan": ("sidlm.cli.plan", "memory, speed and the best mesh of a run on GPUs that need not be there"),
     "train": ("sidlm.cli.train", "train a model from a config and your own data"),
     "tokenizer": ("sidlm.cli.tokenizer", "train a tokenizer on your text"),
     "evaluate": ("sidlm.cli.evaluate", "bits per byte on held-out text, likelihood of answers on tasks"),

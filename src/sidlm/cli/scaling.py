@@ -16,6 +16,11 @@ from sidlm.errors import SidError
 COMMANDS = {
     "run": ("sidlm.cli.scaling", "train the cells of a grid that are not done yet, or list them"),
     "collect": ("sidlm.cli.scaling", "write the cells.jsonl of a grid's folder"),
+    "fit": ("sidlm.cli.scaling_fit", "the law of each variant with intervals, and tests of what differs"),
+    "efficiency": ("sidlm.cli.scaling_fit", "tokens, FLOPs and seconds to reach another variant's loss"),
+    "plan": ("sidlm.cli.scaling_fit", "parameters and tokens for a budget of FLOPs"),
+    "forecast": ("sidlm.cli.scaling_fit", "a benchmark's accuracy at a budget of FLOPs"),
+    "probe": ("sidlm.cli.scaling_probe", "train small models on tasks over pairs and triples, by number of examples"),
 }
 """Command -> (module, what it does); the module has a function of the command's name."""
 

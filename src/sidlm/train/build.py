@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sidlm.data.tokenizer import Tokenizer
     from sidlm.models.config import SidConfig
     from sidlm.models.modeling import SidForCausalLM
+    from sidlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,27 @@ def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
 
 def spread(
     model: SidForCausalLM, cfg: RunConfig, mesh: DeviceMesh | None, device: torch.device, precision: str
-) -> None:
-    """float8 products, compiled blocks, shards over a mesh, in place (parameter names stay). Before the optimizer."""
+) -> Pipeline | None:
+    """float8 products, recomputed and compiled blocks, shards over a mesh, in place (parameter names stay). Before the
+    optimizer. Of a mesh with pipeline stages, returns what runs them."""
+    from sidlm.parallel.recompute import recompute_block
+
     if cfg.train.float8 != "off":
         if cfg.parallel.tp > 1:
             raise SidError(f"train.float8 {cfg.train.float8} and parallel.tp {cfg.parallel.tp} do not go together yet")
         convert(model, cfg.train.float8, device)
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
-        for block in model.model.layers if compiled else ():
-            block.compile()
-        return
+        for block in model.model.layers:
+            recompute_block(block, cfg.train.recompute, compiled=compiled)
+        return None
     from sidlm.parallel.shard import ShardConfig, parallelize
 
-    parallelize(model, mesh, ShardConfig(precision=precision, compile=compiled))
+    settings = ShardConfig(
+        precision=precision,
+        reshard_after_forward=cfg.parallel.reshard_after_forward,
+        recompute=cfg.train.recompute,
+        compile=compiled,
+        pipeline=cfg.parallel.pipeline,
+    )
+    return parallelize(model, mesh, settings)

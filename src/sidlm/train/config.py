@@ -94,11 +94,15 @@ class TrainConfig:
     batch_size: int = 16
     """rows of data.seq_len tokens in one optimizer step"""
     micro_batch_size: int = 0
-    """rows of a process in one forward and backward pass, 0 = all; the loss does not depend on it"""
+    """rows of a process in one forward and backward pass, 0 = all, or one with parallel.pp; the loss does not depend
+    on it"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast over fp32 weights; auto: bf16 on CUDA, fp32 on a CPU"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    recompute: Literal["none", "cheap", "blocks"] = "none"
+    """what the backward pass computes again to save memory: none; cheap, what costs no matrix product; blocks, all but
+    the inputs of blocks"""
     float8: Literal["off", "tensorwise", "rowwise"] = "off"
     """products of the inner blocks' linear layers in float8, through torchao: scaled by the largest value of a tensor,
     which is fastest, or of each row; emulated where the device has no such products"""
