@@ -147,6 +147,10 @@ def spread(
     from sidlm.parallel.shard import ShardConfig, parallelize
 
     settings = ShardConfig(
-        precision=precision, recompute=cfg.train.recompute, compile=compiled, pipeline=cfg.parallel.pipeline
+        precision=precision,
+        reshard_after_forward=cfg.parallel.reshard_after_forward,
+        recompute=cfg.train.recompute,
+        compile=compiled,
+        pipeline=cfg.parallel.pipeline,
     )
     return parallelize(model, mesh, settings)
