@@ -105,5 +105,10 @@ def exponent(rows: list[Row], variant: str) -> Mean | None:
         if row["variant"] == variant:
             by_seed[row["seed"]].append((math.log(row["params_non_embedding"]), -math.log(row["loss"])))
     full = max((len(points) for points in by_seed.values()), default=0)
-    lines = [float(stats.linregress(*zip(*sorted(p), strict=True))[0]) for p in by_seed.values() if len(p) == full]
-    return mean(lines) if full > 2 and lines else None
+    lines = []
+    for points in by_seed.values():
+        if len(points) == full:
+            (x, y), n = zip(*points, strict=True), len(points)
+            centre = sum(x) / n
+            lines.append(sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x))
+    return mean(lines) if full > 2 else None

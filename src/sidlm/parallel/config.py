@@ -62,6 +62,9 @@ class ParallelConfig:
     """tensor parallelism: processes that split every matrix, by heads, features and vocabulary"""
     ep: int = 1
     """expert parallelism: of the processes of dp_shard x cp, how many neighbours split the experts of each layer"""
+    reshard_after_forward: bool = False
+    """free a block's gathered weights after its forward pass and gather them again for the backward one (FSDP): less
+    memory, more messages"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """with pp: how micro-batches go through the stages"""
 

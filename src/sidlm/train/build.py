@@ -148,6 +148,7 @@ def spread(
 
     settings = ShardConfig(
         precision=precision,
+        reshard_after_forward=cfg.parallel.reshard_after_forward,
         recompute=cfg.train.recompute,
         compile=compiled,
         pipeline=cfg.parallel.pipeline,
