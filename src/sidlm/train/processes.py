@@ -22,6 +22,7 @@ from sidlm.errors import SidError
 from sidlm.parallel.config import launched
 from sidlm.train import hardware
 from sidlm.train.config import RunConfig
+from sidlm.train.recipe import phases
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -185,12 +186,14 @@ def check_rows(cfg: RunConfig) -> None:
     if sizes["pp"] > 1:
         raise SidError(f"parallel.pp is {sizes['pp']}, but sid train does not know pipeline stages yet")
     parts = sizes["dp_replicate"] * sizes["dp_shard"]
-    if cfg.train.batch_size % parts:
-        raise SidError(
-            f"train.batch_size={cfg.train.batch_size} does not divide by the {parts} groups of processes that read "
-            f"rows (dp_replicate {sizes['dp_replicate']} x dp_shard {sizes['dp_shard']})"
-        )
     pieces = sizes["tp"] * (2 * sizes["cp"] if sizes["cp"] > 1 else 1)
-    if sizes["tp"] > 1 and cfg.data.seq_len % pieces:
-        of = f"tp {sizes['tp']}" if sizes["cp"] == 1 else f"2 x cp {sizes['cp']} x tp {sizes['tp']}"
-        raise SidError(f"data.seq_len={cfg.data.seq_len} does not divide by {pieces} ({of})")
+    for number, phase in enumerate(phases(cfg)):
+        rows, length = ("recipe.batch rows", "recipe.batch length") if number else ("train.batch_size", "data.seq_len")
+        if phase.batch_size % parts:
+            raise SidError(
+                f"{rows}={phase.batch_size} does not divide by the {parts} groups of processes that read "
+                f"rows (dp_replicate {sizes['dp_replicate']} x dp_shard {sizes['dp_shard']})"
+            )
+        if sizes["tp"] > 1 and phase.seq_len % pieces:
+            of = f"tp {sizes['tp']}" if sizes["cp"] == 1 else f"2 x cp {sizes['cp']} x tp {sizes['tp']}"
+            raise SidError(f"{length}={phase.seq_len} does not divide by {pieces} ({of})")
