@@ -46,14 +46,20 @@ def differences(rows: list[Row], variant: str, base: str, value: Any = lambda ro
     return [one[k] - other[k] for k in sorted(one.keys() & other.keys())]
 
 
-def pooled(groups: list[list[float]]) -> Mean:
-    """Mean over sizes of the mean over seeds; one spread for all sizes, that of the seeds within a size."""
-    groups = [g for g in groups if g]
+def common_spread(groups: list[list[float]]) -> tuple[float, int]:
+    """(standard deviation, degrees of freedom) within the groups, one for all of them."""
     degrees = sum(len(g) - 1 for g in groups)
+    if degrees == 0:
+        return math.inf, 0
+    return math.sqrt(sum((x - statistics.mean(g)) ** 2 for g in groups for x in g) / degrees), degrees
+
+
+def pooled(groups: list[list[float]], spread: float, degrees: int) -> Mean:
+    """Mean over sizes of the mean over seeds, where single differences have this standard deviation everywhere."""
+    groups = [g for g in groups if g]
     centre = statistics.mean(statistics.mean(g) for g in groups)
     if degrees == 0:
         return Mean(centre, math.inf, sum(map(len, groups)))
-    spread = math.sqrt(sum((x - statistics.mean(g)) ** 2 for g in groups for x in g) / degrees)
     error = spread * math.sqrt(sum(1 / len(g) for g in groups)) / len(groups)
     return Mean(centre, float(stats.t.ppf(0.975, degrees) * error), sum(map(len, groups)))
 
@@ -71,7 +77,8 @@ def slope(rows: list[Row], size: str, variant: str = "full") -> Mean | None:
     both, each run with a schedule of its own length."""
     by_seed: dict[int, dict[int, float]] = defaultdict(dict)
     for row in rows:
-        if (row["size"], row["variant"], row["lr"], row["batch"], row["repeat"]) == (size, variant, 1.0, 16, 0):
+        kind = row["size"], row["variant"], row["lr"], row["batch"], row["repeat"]
+        if kind == (size, variant, 1.0, 16, 0) and row["group"] != "speed":
             by_seed[row["seed"]][row["tokens"]] = row["loss"]
     found = []
     for curve in by_seed.values():
@@ -98,5 +105,10 @@ def exponent(rows: list[Row], variant: str) -> Mean | None:
         if row["variant"] == variant:
             by_seed[row["seed"]].append((math.log(row["params_non_embedding"]), -math.log(row["loss"])))
     full = max((len(points) for points in by_seed.values()), default=0)
-    lines = [float(stats.linregress(*zip(*sorted(p), strict=True))[0]) for p in by_seed.values() if len(p) == full]
-    return mean(lines) if full > 2 and lines else None
+    lines = []
+    for points in by_seed.values():
+        if len(points) == full:
+            (x, y), n = zip(*points, strict=True), len(points)
+            centre = sum(x) / n
+            lines.append(sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x))
+    return mean(lines) if full > 2 else None

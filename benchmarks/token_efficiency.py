@@ -24,9 +24,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -83,7 +85,7 @@ class Pool:
     def __init__(self, args: argparse.Namespace, queue: list[Cell], results: Results, gpus: int, workers: int):
         self.args, self.queue, self.results = args, queue, results
         self.context = multiprocessing.get_context("spawn")
-        self.factors: list[float] = []
+        self.factors: dict[str, list[float]] = defaultdict(list)
         self.retries: list[Cell] = []
         self.workers = [self.start(i % max(1, gpus)) for i in range(workers * max(1, gpus))]
         self.end = 0.0
@@ -97,9 +99,10 @@ class Pool:
         return Worker(process, ours, gpu)
 
     def estimate(self, cell: Cell) -> float:
-        """Seconds that a cell takes among the others, learned from those that ended."""
-        median = sorted(self.factors)[len(self.factors) // 2] if self.factors else 0.7 * self.args.workers
-        return OVERHEAD + median * cells.cost(cell)
+        """Seconds that a cell takes among the others, learned from those of its size that ended, else from all."""
+        known = self.factors[cell.size] or [f for found in self.factors.values() for f in found]
+        factor = statistics.median(known) if known else 0.7 * self.args.workers
+        return OVERHEAD + factor * cells.cost(cell)
 
     def next(self) -> tuple[Cell, bool] | None:
         """The next cell that fits in the time left, and whether to compile it."""
@@ -147,7 +150,7 @@ class Pool:
             worker.curve.append(value)
         elif kind == "done":
             wall = time.monotonic() - worker.since
-            self.factors.append(max(0.0, wall - OVERHEAD) / cells.cost(worker.cell))
+            self.factors[worker.cell.size].append(max(0.0, wall - OVERHEAD) / cells.cost(worker.cell))
             self.end_cell(worker, {"status": "done"} | value)
         else:
             if worker.compile:

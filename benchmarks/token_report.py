@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -16,8 +17,10 @@ import matplotlib
 from _token_statistics import (
     Mean,
     Row,
+    common_spread,
     differences,
     exponent,
+    key,
     mean,
     pooled,
     seeds_needed,
@@ -30,6 +33,7 @@ import matplotlib.pyplot as plt
 
 SIZES = ("xs", "s", "m", "l")
 CORE = ("full", "sliding", "trilinear", "determinant", "deeper")
+COLOURS = {name: f"C{i}" for i, name in enumerate(CORE)}
 
 
 def read(paths: list[Path]) -> tuple[list[Row], list[Row]]:
@@ -72,49 +76,72 @@ def noise(done: list[Row]) -> str:
 def resolution(rows: list[Row]) -> str:
     """Spread of paired differences by size, and the seeds that 0.02 nats take."""
     body = []
-    for size in SIZES:
-        here = [row for row in rows if row["size"] == size]
-        paired = [differences(here, v, "full") for v in CORE[1:]]
-        paired = [d for d in paired if len(d) > 1]
-        plain = [row["loss"] for row in here if row["variant"] == "full"]
-        if paired and len(plain) > 1:
-            spread = (sum(statistics.variance(d) for d in paired) / len(paired)) ** 0.5
-            body.append([size, f"{statistics.stdev(plain):.4f}", f"{spread:.4f}", str(seeds_needed(spread, 0.02)),
+    for size in (*SIZES, "all"):
+        here = [row for row in rows if size in (row["size"], "all")]
+        spread, degrees = pairs_spread(here)
+        plain = [[row["loss"] for row in here if (row["size"], row["variant"]) == (s, "full")] for s in SIZES]
+        if degrees:
+            seeds = common_spread([g for g in plain if g])[0]
+            body.append([size, f"{seeds:.4f}", f"{spread:.4f}", str(seeds_needed(spread, 0.02)),
                          str(seeds_needed(spread, 0.01))])  # fmt: skip
     return table(["size", "sd of seeds (full)", "sd of paired differences", "seeds for ±0.02", "for ±0.01"], body)
 
 
+def paired(groups: list[list[float]], spread: tuple[float, int]) -> Mean | None:
+    """`pooled`, or None without a pair."""
+    return pooled(groups, *spread) if any(groups) else None
+
+
 def core(rows: list[Row], done: list[Row]) -> str:
+    """Every size by itself. Intervals have the spread common to all sizes and variants.
+
+    Where the baseline ran at several lengths: tokens saved at equal loss, and the difference from a baseline that gets
+    more tokens for equal FLOPs.
+    """
     body = []
+    spread = pairs_spread(rows)
     for size in SIZES:
         here = [row for row in rows if row["size"] == size]
-        full = {row["seed"]: row for row in here if row["variant"] == "full"}
+        full = next((row for row in here if row["variant"] == "full"), None)
         steepness = slope(done, size)
         for variant in CORE:
             mine = [row for row in here if row["variant"] == variant]
-            if not mine:
+            if not mine or full is None:
                 continue
-            found = differences(here, variant, "full")
-            to_sliding = differences(here, variant, "sliding") if variant in ("trilinear", "determinant") else []
-            relative = mine[0]["flops"] / next(iter(full.values()))["flops"] if full else float("nan")
-            saved = ""
-            if found and variant != "full" and steepness and len(found) > 1:
-                saved = "{:+.0%} ({:+.0%} to {:+.0%})".format(*tokens_saved(mean(found), steepness))
+            relative = mine[0]["flops"] / full["flops"]
+            to = {
+                b: paired([differences(here, variant, b)], spread) if variant != b else None
+                for b in ("full", "sliding")
+            }
+            saved = equal = ""
+            if to["full"] and steepness:
+                saved = "{:+.0%} ({:+.0%} to {:+.0%})".format(*tokens_saved(to["full"], steepness))
+                gain = abs(steepness.value) * math.log(relative)
+                equal = str(Mean(to["full"].value + gain, to["full"].half, to["full"].count))
             body.append([size, variant, f"{mine[0]['params_non_embedding'] / 1e6:.2f}", f"{relative:.3f}",
                          f"{statistics.mean(r['loss'] for r in mine):.4f} ({len(mine)})",
-                         str(mean(found)) if variant != "full" and found else "",
-                         str(mean(to_sliding)) if to_sliding else "", saved])  # fmt: skip
+                         *(str(m or "") for m in to.values()), saved, equal])  # fmt: skip
     return table(["size", "variant", "M params", "FLOPs", "loss (seeds)", "minus full", "minus sliding",
-                  "tokens saved"], body)  # fmt: skip
+                  "tokens saved", "minus full of equal FLOPs"], body)  # fmt: skip
+
+
+def by_size(rows: list[Row], variant: str, base: str, value: Any = lambda row: row["loss"]) -> list[list[float]]:
+    return [differences([r for r in rows if r["size"] == size], variant, base, value) for size in SIZES]
+
+
+def pairs_spread(rows: list[Row], value: Any = lambda row: row["loss"]) -> tuple[float, int]:
+    """One spread for differences within pairs, of all sizes and variants: few seeds tell little about each."""
+    return common_spread([g for v in CORE[1:] for g in by_size(rows, v, "full", value) if g])
 
 
 def overall(rows: list[Row]) -> str:
+    """Differences over all sizes, each with the same weight."""
     body = []
     for variant in CORE[1:]:
         line = [variant]
         for base in ("full", "sliding", "deeper"):
-            groups = [differences([r for r in rows if r["size"] == size], variant, base) for size in SIZES]
-            line.append(str(pooled(groups)) if variant != base and any(groups) else "")
+            found = paired(by_size(rows, variant, base), pairs_spread(rows)) if variant != base else None
+            line.append(str(found or ""))
         body.append(line)
     return table(["variant", "minus full", "minus sliding", "minus deeper"], body)
 
@@ -158,14 +185,13 @@ def parts(rows: list[Row], name: str) -> str:
     body = []
     for part in keys:
         line = [part, f"{statistics.mean(r[name][part][field] for r in rows if r['variant'] == 'full'):.3f}"]
+
+        def value(row: Row, part: str = part) -> float:
+            return row[name][part][field]
+
+        spread = pairs_spread(rows, value)
         for variant in CORE[1:]:
-            groups = [
-                differences(
-                    [r for r in rows if r["size"] == s], variant, "full", lambda r, part=part: r[name][part][field]
-                )
-                for s in SIZES
-            ]
-            line.append(str(pooled(groups)) if any(groups) else "")
+            line.append(str(paired(by_size(rows, variant, "full", value), spread) or ""))
         body.append(line)
     return table([name, "full", *CORE[1:]], body)
 
@@ -193,21 +219,59 @@ def finish(axes: Any, title: str) -> None:
 
 def plot_core(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 4.0), dpi=150)
+    spread = pairs_spread(rows)
     for i, variant in enumerate(CORE[1:]):
         for j, size in enumerate(SIZES):
             found = differences([r for r in rows if r["size"] == size], variant, "full")
             at = j + 0.17 * (i - 1.5)
-            axes.plot([at] * len(found), found, "o", color=f"C{i}", alpha=0.45, markersize=3.5)
-            if len(found) > 1:
-                m = mean(found)
+            axes.plot([at] * len(found), found, "o", color=COLOURS[variant], alpha=0.45, markersize=3.5)
+            m = paired([found], spread)
+            if m is not None:
                 label = variant if j == 0 else None
-                axes.errorbar(at, m.value, m.half, color=f"C{i}", marker="_", markersize=9, capsize=3, label=label)
+                axes.errorbar(
+                    at, m.value, m.half, color=COLOURS[variant], marker="_", markersize=9, capsize=3, label=label
+                )
     axes.axhline(0, color="black", linewidth=0.8)
     names = [next((f"{r['params_non_embedding'] / 1e6:.1f}M" for r in rows if r["size"] == s), s) for s in SIZES]
     axes.set_xticks(range(len(SIZES)), names)
-    axes.set(xlabel="parameters without embeddings", ylabel="validation loss minus full attention, nats per token")
+    axes.set(xlabel="parameters without embeddings", ylabel="loss minus full attention, nats")
     axes.legend(frameon=False, fontsize=8)
-    finish(axes, "Pairs of one seed (dots), means over seeds and their 95% intervals")
+    finish(axes, "16.4M tokens; pairs of one seed (dots), their means with 95% intervals of one common spread")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def plot_rates(done: list[Row], path: Path) -> None:
+    steps = {row["steps"] for row in done if row["group"] == "rates"}
+    wanted = [
+        r for r in done if r["size"] == "s" and r["batch"] == 16 and r["steps"] in steps and r["group"] != "speed"
+    ]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=150)
+    for variant in CORE[:4]:
+        mine = [row for row in wanted if row["variant"] == variant and row["seed"] < 2]
+        for axes in (left, right):
+            values = {key(row): row["loss"] for row in mine}
+            if axes is right:
+                base = {key(r): r["loss"] for r in wanted if r["variant"] == "full"}
+                values = {k: v - base[k] for k, v in values.items() if k in base}
+            lr = {key(row): row["peak_lr"] for row in mine}
+            points: dict[float, list[float]] = defaultdict(list)
+            for k, v in values.items():
+                points[lr[k]].append(v)
+                axes.plot(lr[k], v, "o", color=COLOURS[variant], alpha=0.4, markersize=3)
+            at = sorted(points)
+            axes.plot(at, [statistics.mean(points[x]) for x in at], color=COLOURS[variant], label=variant)
+    left.set(ylabel="validation loss, nats")
+    right.set(ylabel="minus full attention, nats")
+    for axes, title in (
+        (left, "2.8M parameters, 8.2M tokens, seeds 0 and 1"),
+        (right, "Differences of one seed and rate"),
+    ):
+        axes.set(xscale="log", xlabel="peak learning rate")
+        axes.set_xticks([1.4e-3, 2.8e-3, 5.6e-3, 11.2e-3], ["1.4e-3", "2.8e-3", "5.6e-3", "11.2e-3"], fontsize=8)
+        axes.minorticks_off()
+        finish(axes, title)
+    left.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
 
@@ -229,9 +293,8 @@ def plot_ablations(found: list[tuple[str, Mean, Mean, float]], path: Path) -> No
 def plot_probes(rows: list[Row], path: Path) -> None:
     tasks = sorted({row["task"] for row in rows})
     figure, grid = plt.subplots(2, 3, figsize=(10, 5.6), dpi=150, squeeze=False)
-    variants = ("full", "deeper", "sliding", "trilinear", "determinant")
     for axes, task in zip(grid.flat, tasks, strict=False):
-        for i, variant in enumerate(variants):
+        for variant in CORE:
             points: dict[int, list[float]] = defaultdict(list)
             for row in rows:
                 if (row["task"], row["variant"]) == (task, variant):
@@ -241,7 +304,9 @@ def plot_probes(rows: list[Row], path: Path) -> None:
                 means = [statistics.mean(points[n]) for n in at]
                 low = [m - min(points[n]) for m, n in zip(means, at, strict=True)]
                 high = [max(points[n]) - m for m, n in zip(means, at, strict=True)]
-                axes.errorbar(at, means, (low, high), color=f"C{i}", marker="o", markersize=3, capsize=2, label=variant)
+                axes.errorbar(
+                    at, means, (low, high), color=COLOURS[variant], marker="o", markersize=3, capsize=2, label=variant
+                )
         axes.axhline(next(r["chance"] for r in rows if r["task"] == task), color="grey", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set(ylim=(0, 1.03), xlabel="training problems", ylabel="accuracy, held out")
@@ -274,7 +339,8 @@ def main() -> None:
             ("Domains", parts(rows, "domains")), ("Answers", parts(rows, "answers")), ("Speed", speeds(done)),
         ]  # fmt: skip
         plot_core(rows, args.plots / "token-efficiency.png")
-        if found:
+        plot_rates(done, args.plots / "token-efficiency-rates.png")
+        if len(found) > len(CORE):
             plot_ablations(found, args.plots / "token-efficiency-ablations.png")
     if args.probes:
         from sidlm.cli.scaling_probe import table as probe_table

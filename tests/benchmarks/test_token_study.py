@@ -46,7 +46,10 @@ def test_pairs_and_intervals():
     assert found == pytest.approx([-0.1, -0.3])
     mean = statistics.mean(found)
     assert mean.value == pytest.approx(-0.2) and mean.half == pytest.approx(12.7062 * 0.1, rel=1e-4)
-    assert statistics.pooled([[1.0, 3.0], [0.0, 2.0]]).half == pytest.approx(4.3027 * math.sqrt(2) / 2, rel=1e-4)
+    groups = [[1.0, 3.0], [0.0, 2.0]]
+    assert statistics.common_spread(groups) == (pytest.approx(math.sqrt(2)), 2)
+    pooled = statistics.pooled(groups, math.sqrt(2), 2)
+    assert pooled.value == 1.5 and pooled.half == pytest.approx(4.3027 * math.sqrt(2) / 2, rel=1e-4)
 
 
 def test_tokens_saved_is_the_inverse_of_a_power_law():
@@ -57,3 +60,23 @@ def test_tokens_saved_is_the_inverse_of_a_power_law():
 
 def test_seeds_needed():
     assert statistics.seeds_needed(0.02, 0.02) == 7  # t(6) 2.447 / sqrt(7) is the first below 1
+
+
+def test_the_next_cell_is_the_first_that_fits_in_the_time():
+    import time
+    from argparse import Namespace
+    from collections import defaultdict
+
+    import token_efficiency
+
+    large, small = (cells.Cell(group="core", size=s, variant="full", seed=0, steps=1000) for s in ("l", "xs"))
+    pool = token_efficiency.Pool.__new__(token_efficiency.Pool)
+    pool.args, pool.queue, pool.retries = Namespace(workers=1), [large, small], []
+    pool.factors = defaultdict(list)
+    pool.factors["l"] += [1000.0, 1000.0]
+    pool.factors["xs"].append(1.0)
+    pool.end = time.monotonic() + token_efficiency.OVERHEAD + 2 * cells.cost(small)
+    assert pool.next() == (small, True) and pool.next() is None and pool.queue == [large]
+    pool.factors["l"] = [0.0]
+    pool.retries, pool.queue = [large], []
+    assert pool.next() == (large, False)

@@ -28,10 +28,18 @@ MESHES = {
     "fsdp4": {"train.micro_batch_size": 1},
     "tp2-dp2": {"parallel.tp": 2},
     "resumed-on-tp2-cp2": {"parallel.tp": 2, "parallel.cp": 2},
+    "pp2-dp2": {"parallel.pp": 2, "train.micro_batch_size": 2},
+    "resumed-on-pp4": {"parallel.pp": 4, "parallel.pipeline.schedule": "gpipe"},
 }
+RESUMED = {"tp2-dp2": "resumed-on-one", "pp2-dp2": "pp2-dp2-resumed-on-one"}
+"""From a run on a mesh to what goes on in one process"""
 MISTAKES = {
     "mesh": ({"parallel.tp": 3}, "dp_replicate 1 x pp 1 x cp 1 x tp 3 = 3, which does not divide the 4 processes"),
     "heads": ({"parallel.tp": 4}, "num_key_value_heads (2) does not divide by tp (4)"),
+    "stages": (
+        {"parallel.pp": 4, "parallel.pipeline.virtual_stages": 2},
+        "8 pipeline stages are more than the 2 layers",
+    ),
 }
 
 
@@ -52,19 +60,22 @@ def runs(tmp_path_factory, argv):
         return argv(place / name, **SIZES | CHANGES | changes)
 
     assert main(line("one")) == 0
-    stop_at(place / "one", place / "resumed-on-tp2-cp2", 2)
+    for name in MESHES:
+        if name.startswith("resumed"):
+            stop_at(place / "one", place / name, 2)
     commands = [(name, ["train", *line(name, **changes)]) for name, changes in MESHES.items()]
     commands += [(name, ["train", *line(name, **changes)]) for name, (changes, _) in MISTAKES.items()]
     commands += [("key", ["train", *line("key"), "--train.betch_size", "8"])]
     program = [sys.executable, PROGRAM, place]
     done = subprocess.run(program, input=json.dumps(commands), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    stop_at(place / "tp2-dp2", place / "resumed-on-one", 2)
-    assert main(line("resumed-on-one")) == 0
+    for source, name in RESUMED.items():
+        stop_at(place / source, place / name, 2)
+        assert main(line(name)) == 0
     return place, json.loads((place / "statuses.json").read_text())
 
 
-@pytest.mark.parametrize("name", [*MESHES, "resumed-on-one"])
+@pytest.mark.parametrize("name", [*MESHES, *RESUMED.values()])
 def test_the_run_is_that_of_one_process(runs, name):
     place, _ = runs
     expected, found = (read_json_lines(place / run / "metrics.jsonl") for run in ("one", name))
@@ -90,7 +101,7 @@ def test_one_process_writes(runs, name):
         assert (place / f"{name}.{rank}.out").read_text() == ""
     assert "suboptimal" not in (place / f"{name}.1.err").read_text()
     facts = json.loads((place / name / "environment.json").read_text())
-    assert facts["processes"] == 4 and facts["mesh"]["pp"] == 1
+    assert facts["processes"] == 4 and facts["mesh"]["pp"] == MESHES[name].get("parallel.pp", 1)
 
 
 @pytest.mark.parametrize("name", [*MISTAKES, "key"])
@@ -110,7 +121,10 @@ def test_a_mistake_is_one_line_of_the_first_process(runs, name):
         ({"train.batch_size": 6}, "train.batch_size=6 does not divide by the 4 groups of processes that read rows"),
         ({"parallel.tp": 4, "data.seq_len": 30}, r"data.seq_len=30 does not divide by 4 \(tp 4\)"),
         ({"parallel.cp": 2, "parallel.tp": 2, "data.seq_len": 36}, r"data.seq_len=36 does not divide by 8 \(2 x cp 2"),
-        ({"parallel.pp": 2}, "parallel.pp is 2, but sid train does not know pipeline stages yet"),
+        (
+            {"parallel.pp": 2, "train.micro_batch_size": 8},
+            r"micro_batch_size=8 does not divide the 4 rows of a process \(train.batch_size 8 / 2\)",
+        ),
     ],
 )
 def test_a_batch_that_cannot_be_spread(tmp_path, config, monkeypatch, changes, message):

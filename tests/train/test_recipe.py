@@ -185,12 +185,12 @@ def test_a_spike_is_left_out(tmp_path, argv, monkeypatch):
     """A gradient of a thousand times the usual size changes nothing, is logged, and the run goes on."""
     real, calls = loop.clip_gradients, iter(range(1, 1000))
 
-    def clip(parameters, max_norm):
+    def clip(parameters, max_norm, *more):
         parameters = list(parameters)
         if next(calls) in (20, 22):
             for p in parameters:
                 p.grad *= 1000
-        return real(parameters, max_norm)
+        return real(parameters, max_norm, *more)
 
     monkeypatch.setattr(loop, "clip_gradients", clip)
     assert main(argv(tmp_path, **{"train.steps": 24, "spikes.threshold": 10, "checkpoint.every": 0})) == 0

@@ -138,12 +138,18 @@ def check_shards(plan: Plan) -> dict[str, Any]:
 
 
 def _as_dict(found: Found, checked: dict[str, Any]) -> dict[str, Any]:
+    from sidlm.parallel.plan import recomputations
     from sidlm.parallel.search import neighbours, reason
 
     return {
         "hardware": found.winner.hardware.name,
         "plan": found.winner.as_dict(),
         "parameter_bytes": checked,
+        "recomputation": {
+            other.layout.recompute: {"activations": other.memory.activations, "total": other.memory.total}
+            | {"seconds": other.time.total, "fits": other.fits}
+            for other in recomputations(found.winner)
+        },
         "fastest": found.fastest.as_dict(),
         "others": [
             {"layout": other.layout.describe(), "why_not": reason(other, found.winner)} | other.as_dict()

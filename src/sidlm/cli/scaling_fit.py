@@ -19,6 +19,9 @@ from sidlm.scaling.forms import LLAMA3, LLAMA3_ROUNDED, PowerLaw
 
 CELLS = "CSV or JSON lines with columns variant, params, tokens, seed, loss; the cells.jsonl of a grid is one"
 
+TESTED = 12
+"""Variants that are compared unasked; each takes about a second."""
+
 
 def _parser(command: str, about: str, example: str, cells: bool = True) -> Parser:
     parser = Parser(f"scaling {command}", about, example)
@@ -79,8 +82,10 @@ def fit(argv: list[str]) -> int:
     fits = _fitted(args)
     base = _baseline(args, list(fits))
     found = {name: _variant_report(one) for name, one in fits.items()}
+    if len(fits) > TESTED and not args.baseline:
+        print(f"{len(fits)} variants: --baseline NAME tests what differs from one of them")
     for name, one in fits.items():
-        if name != base:
+        if name != base and (args.baseline or len(fits) <= TESTED):
             tests = compare(fits[base], one, replicates=args.replicates, seed=args.seed)
             found[name]["against"] = {
                 "base": base, "verdict": verdict(tests), "tests": {key: asdict(test) for key, test in tests.items()}

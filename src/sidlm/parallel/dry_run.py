@@ -51,10 +51,9 @@ def shard_sizes(job: Job, layout: Layout) -> dict[str, int]:
 
     config = smallest(job.config)
     assert config.layer_types is not None
-    with fake_processes(layout.gpus):
-        sizes = ParallelConfig(
-            dp_replicate=layout.replicas, dp_shard=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp
-        )
+    # pipeline stages split no weight: those of one
+    with fake_processes(layout.gpus // layout.pp):
+        sizes = ParallelConfig(dp_replicate=layout.replicas, dp_shard=layout.dp, cp=layout.cp, tp=layout.tp)
         with torch.device("meta"):
             model = SidForCausalLM(config)
         parallelize(model, build_mesh(sizes, "cpu"), ShardConfig())

@@ -12,6 +12,7 @@ from functools import cache
 
 from sidlm.errors import SidError
 from sidlm.models.config import SidConfig
+from sidlm.parallel.schedule import stage_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,41 +109,34 @@ EMBEDDING, HEAD = "embedding", "head"
 def stages(config: SidConfig, pp: int, virtual: int) -> tuple[tuple[str, ...], ...]:
     """What each of pp * virtual stages holds, in order: layer types, EMBEDDING and HEAD."""
     assert config.layer_types is not None
-    return _stages((EMBEDDING, *config.layer_types, HEAD), pp * virtual)
+    return _stages(tuple(config.layer_types), pp * virtual)
 
 
 @cache
-def _stages(units: tuple[str, ...], count: int) -> tuple[tuple[str, ...], ...]:
-    # longer stages in the middle: what the ends hold besides layers may cost more than a layer
-    short = count - len(units) % count
-    front = (short + 1) // 2
-    sizes = [len(units) // count + (front <= i < front + count - short) for i in range(count)]
-    ends = [sum(sizes[: i + 1]) for i in range(count)]
-    return tuple(units[end - size : end] for size, end in zip(sizes, ends, strict=True))
+def _stages(layer_types: tuple[str, ...], count: int) -> tuple[tuple[str, ...], ...]:
+    parts = [[layer_types[i] for i in layers] for layers in stage_layers(len(layer_types), count, end_layers=1)]
+    parts[0].insert(0, EMBEDDING)
+    parts[-1].append(HEAD)
+    return tuple(map(tuple, parts))
 
 
 @cache
 def order(pp: int, virtual: int, micro_batches: int, rank: int) -> tuple[tuple[str, int], ...]:
     """What a rank does, one after the other: ("F" or "B", which of its stages).
 
-    1F1B, interleaved where virtual > 1: rounds of pp micro-batches go through the rank's first stage, then through
-    the next (Narayanan et al. 2021, section 2.2).
+    1F1B, interleaved where virtual > 1: rounds of pp micro-batches, some longer by one where they do not divide, go
+    through the rank's first stage, then through the next (Narayanan et al. 2021, section 2.2).
     """
-    total = virtual * micro_batches
-    ahead = (pp - rank - 1) if virtual == 1 else 2 * (pp - rank - 1) + (virtual - 1) * pp
-    ahead = min(ahead, total)
-    forward = [_stage(i, pp, virtual, micro_batches) for i in range(total)]
+    count = max(1, micro_batches // pp)
+    rounds = [(i + 1) * micro_batches // count - i * micro_batches // count for i in range(count)]
+    forward = [stage for size in rounds for stage in range(virtual) for _ in range(size)]
     backward = [virtual - 1 - stage for stage in forward]
+    ahead = (1 if virtual == 1 else 2) * (pp - rank - 1) + (virtual - 1) * max(rounds)
+    ahead = min(ahead, len(forward))
     steps = [("F", stage) for stage in forward[:ahead]]
-    for i in range(total - ahead):
-        steps += [("F", forward[ahead + i]), ("B", backward[i])]
-    return (*steps, *(("B", stage) for stage in backward[total - ahead :]))
-
-
-def _stage(i: int, pp: int, virtual: int, micro_batches: int) -> int:
-    """Stage of a rank's i-th forward pass; the last round may have fewer than pp micro-batches."""
-    begin = (i // (pp * virtual)) * pp  # micro-batches of the rounds before
-    return (i - begin * virtual) // min(pp, micro_batches - begin)
+    for there, back in zip(forward[ahead:], backward, strict=False):
+        steps += [("F", there), ("B", back)]
+    return (*steps, *(("B", stage) for stage in backward[len(forward) - ahead :]))
 
 
 def bubble(layout: Layout, job: Job) -> float:

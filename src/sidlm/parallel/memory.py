@@ -241,8 +241,9 @@ def activations(job: Job, layout: Layout, rank: int) -> int:
     """Bytes kept at the fullest moment of a step by a pipeline rank: walks through what it does."""
     costs = [sum(kept_of(job, layout, unit) for unit in stage) for stage in units_of_rank(job.config, layout, rank)]
     live = peak = 0
-    # after three rounds it repeats itself
-    for what, stage in order(layout.pp, layout.virtual, min(layout.micro_batches(job), 3 * layout.pp), rank):
+    passes = layout.micro_batches(job)
+    few = min(passes, 3 * layout.pp + passes % layout.pp)  # after three rounds it repeats itself
+    for what, stage in order(layout.pp, layout.virtual, few, rank):
         live += costs[stage] if what == "F" else -costs[stage]
         peak = max(peak, live)
     return peak

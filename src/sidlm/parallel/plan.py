@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from sidlm.models.flops import num_parameters, train_flops_per_token
+from sidlm.parallel.config import RECOMPUTE
 from sidlm.parallel.hardware import Hardware
 from sidlm.parallel.layout import Job, Layout, bubble, check
 from sidlm.parallel.memory import Memory, memory
@@ -89,3 +90,9 @@ def plan(job: Job, layout: Layout, hardware: Hardware, unmodelled: float = UNMOD
     check(layout, job)
     needed = memory(job, layout, int(hardware.reserved_bytes))
     return Plan(job=job, layout=layout, hardware=hardware, memory=needed, unmodelled=unmodelled)
+
+
+def recomputations(found: Plan) -> list[Plan]:
+    """The same mesh with every way of recomputation."""
+    layouts = [replace(found.layout, recompute=how) for how in RECOMPUTE]
+    return [plan(found.job, layout, found.hardware, found.unmodelled) for layout in layouts]

@@ -87,6 +87,10 @@ def spent(cells: Cells) -> Floats:
     return np.where(np.isfinite(cells.flops), cells.flops, 6 * cells.params * cells.tokens)
 
 
+FARTHEST = 10.0
+"""A parabola whose minimum is more than e^10 times the tokens of its runs away is flat: it has none."""
+
+
 @dataclass(frozen=True)
 class IsoFLOP:
     """One budget: its runs, the parabola c0 + c1 x + c2 x^2 in x = log(tokens / middle), its minimum, and whether the
@@ -130,9 +134,9 @@ def _parabola(flops: float, tokens: Floats, loss: Floats) -> IsoFLOP | None:
     middle = float(np.exp(np.log(tokens).mean()))
     x = np.log(tokens / middle)
     c2, c1, c0 = np.polyfit(x, loss, 2)
-    if c2 <= 0:
-        return None
     lowest = -c1 / (2 * c2)
+    if c2 <= 0 or abs(lowest) > FARTHEST:
+        return None
     return IsoFLOP(
         flops, tokens, loss, middle, np.array([c0, c1, c2]), float(middle * np.exp(lowest)),
         float(c0 - c1**2 / (4 * c2)), bool(x.min() <= lowest <= x.max()),
@@ -140,30 +144,40 @@ def _parabola(flops: float, tokens: Floats, loss: Floats) -> IsoFLOP | None:
 
 
 def optimal_tokens(curves: Sequence[IsoFLOP], replicates: int = 400, seed: int = 0) -> PowerLaw:
-    """The power law through the minima of two budgets or more; replicates redraw the residuals of each parabola."""
+    """The power law through the minima of two budgets or more; replicates redraw the residuals of each parabola.
+
+    A replicate goes without the budgets whose redrawn parabola has no minimum.
+    """
     if len(curves) < 2:
         raise SidError(f"a power law of the optimum needs IsoFLOP minima of 2 budgets or more, got {len(curves)}")
-    rng, samples = np.random.default_rng(seed), []
-    for _ in range(replicates):
-        redrawn = [_redrawn(curve, rng) for curve in curves]
-        kept = [curve for curve in redrawn if curve is not None]
-        if len(kept) > 1:
-            samples.append(_power_law(kept))
-    a, alpha = _power_law(curves)
-    return PowerLaw(a, alpha, np.array(samples).reshape(-1, 2), f"IsoFLOP minima of {len(curves)} budgets")
+    rng = np.random.default_rng(seed)
+    log_flops = np.log([curve.flops for curve in curves])
+    minima = np.stack([_redrawn_minima(curve, replicates, rng) for curve in curves], -1)
+    samples = _power_laws(log_flops, minima[np.isfinite(minima).sum(-1) > 1])
+    a, alpha = _power_laws(log_flops, np.log([[curve.best_tokens for curve in curves]]))[0]
+    return PowerLaw(float(a), float(alpha), samples, f"IsoFLOP minima of {len(curves)} budgets")
 
 
-def _redrawn(curve: IsoFLOP, rng: np.random.Generator) -> IsoFLOP | None:
-    """The curve with the residuals of its runs scaled up for the three numbers fitted, and their signs drawn anew."""
+def _redrawn_minima(curve: IsoFLOP, replicates: int, rng: np.random.Generator) -> Floats:
+    """log tokens of the minimum, (replicates,), when the residuals of the curve's runs, scaled up for the three numbers
+    fitted, change their signs; nan where there is none."""
     x = np.log(curve.tokens / curve.middle)
-    fitted = curve.coefficients @ np.stack([x**0, x, x**2])
-    scale = np.sqrt(len(x) / max(1, len(x) - 3))
-    return _parabola(curve.flops, curve.tokens, fitted + scale * (curve.loss - fitted) * rng.choice([-1, 1], len(x)))
+    design = np.stack([x**0, x, x**2], -1)
+    fitted = design @ curve.coefficients
+    residual = (curve.loss - fitted) * np.sqrt(len(x) / max(1, len(x) - 3))
+    redrawn = fitted + residual * rng.choice([-1.0, 1.0], (replicates, len(x)))
+    _, c1, c2 = np.linalg.pinv(design) @ redrawn.T
+    lowest = -c1 / (2 * c2)
+    return np.where((c2 > 0) & (np.abs(lowest) < FARTHEST), np.log(curve.middle) + lowest, np.nan)
 
 
-def _power_law(curves: Sequence[IsoFLOP]) -> tuple[float, float]:
-    alpha, log_a = np.polyfit([np.log(c.flops) for c in curves], [np.log(c.best_tokens) for c in curves], 1)
-    return float(np.exp(log_a)), float(alpha)
+def _power_laws(log_flops: Floats, minima: Floats) -> Floats:
+    """A and alpha, (k, 2), of lines through log minima (k, budgets), nan where a budget has none."""
+    x = np.where(np.isfinite(minima), log_flops, np.nan)
+    x = x - np.nanmean(x, -1, keepdims=True)
+    alpha = np.nansum(x * minima, -1) / np.nansum(x * x, -1)
+    log_a = np.nanmean(minima - alpha[:, None] * log_flops, -1)
+    return np.stack([np.exp(log_a), alpha], -1)
 
 
 def law_optimum(fit: Fit) -> PowerLaw:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sidlm.data.tokenizer import Tokenizer
     from sidlm.models.config import SidConfig
     from sidlm.models.modeling import SidForCausalLM
+    from sidlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
 
 def spread(
     model: SidForCausalLM, cfg: RunConfig, mesh: DeviceMesh | None, device: torch.device, precision: str
-) -> None:
+) -> Pipeline | None:
     """float8 products, recomputed and compiled blocks, shards over a mesh, in place (parameter names stay). Before the
-    optimizer."""
+    optimizer. Of a mesh with pipeline stages, returns what runs them."""
     from sidlm.parallel.recompute import recompute_block
 
     if cfg.train.float8 != "off":
@@ -144,8 +145,14 @@ def spread(
     if mesh is None:
         for block in model.model.layers:
             recompute_block(block, cfg.train.recompute, compiled=compiled)
-        return
+        return None
     from sidlm.parallel.shard import ShardConfig, parallelize
 
-    settings = ShardConfig(precision=precision, recompute=cfg.train.recompute, compile=compiled)
-    parallelize(model, mesh, settings)
+    settings = ShardConfig(
+        precision=precision,
+        reshard_after_forward=cfg.parallel.reshard_after_forward,
+        recompute=cfg.train.recompute,
+        compile=compiled,
+        pipeline=cfg.parallel.pipeline,
+    )
+    return parallelize(model, mesh, settings)

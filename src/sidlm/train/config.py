@@ -101,7 +101,8 @@ class TrainConfig:
     batch_size: int = 16
     """rows of data.seq_len tokens in one optimizer step"""
     micro_batch_size: int = 0
-    """rows of a process in one forward and backward pass, 0 = all; the loss does not depend on it"""
+    """rows of a process in one forward and backward pass, 0 = all, or one with parallel.pp; the loss does not depend
+    on it"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast over fp32 weights; auto: bf16 on CUDA, fp32 on a CPU"""
     device: str = "auto"

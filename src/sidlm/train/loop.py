@@ -45,6 +45,7 @@ from sidlm.train.spikes import SpikeGuard
 if TYPE_CHECKING:
     from sidlm.data.loader import Batch
     from sidlm.data.phases import PhasedLoader
+    from sidlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
     torch.manual_seed(cfg.train.seed)
     model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
     model.to(device).train()
-    spread(model, cfg, group.mesh, device, precision)
+    pipeline = spread(model, cfg, group.mesh, device, precision)
     optimizer = make_optimizer(model, cfg.optim)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
@@ -143,7 +144,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             )
             set_learning_rate(optimizer, lr)
             sparsity.switch(sparse, step, cfg.sparsity)
-            loss, norm, spike = train_step(model, optimizer, batch, cfg, device, precision, group, guard)
+            loss, norm, spike = train_step(model, optimizer, batch, cfg, device, precision, group, pipeline, guard)
             if cfg.schedule.average_every and step >= annealing:
                 if average is None:
                     average = Average(model, annealing, cfg.schedule.average_every)
@@ -211,6 +212,7 @@ def train_step(
     device: torch.device,
     precision: str,
     group: Processes,
+    pipeline: Pipeline | None,
     guard: SpikeGuard,
 ) -> tuple[float, float, str | None]:
     """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
@@ -219,24 +221,25 @@ def train_step(
     The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
-    total_rows, length = batch.tokens.shape
-    # a micro-batch keeps its tokens where rows become longer
-    rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // length) if cfg.train.micro_batch_size else total_rows
     labelled = group.sum_rows(int((batch.labels != -100).sum()))
-    # a sharded model casts its weights itself, once for each time that it gathers them
-    autocast = "fp32" if group.mesh is not None else precision
-    loss = torch.zeros((), device=device)
-    for first in range(0, total_rows, rows):
-        part = batch[first : first + rows].to(device, non_blocking=True)
-        with hardware.autocast(device, autocast):
-            micro_loss = model(
-                input_ids=part.tokens, position_ids=part.positions, doc_ids=part.doc_ids, shift_labels=part.labels,
-                num_items_in_batch=labelled, use_cache=False,
-            ).loss  # fmt: skip
-        micro_loss.backward()
-        loss += micro_loss.detach()
+    if pipeline is not None:
+        part = batch.to(device, non_blocking=True)
+        loss = pipeline.step(arguments(part), num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
+    else:
+        # a micro-batch keeps its tokens where rows become longer
+        rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
+        rows = rows if cfg.train.micro_batch_size else len(batch)
+        # a sharded model casts its weights itself, once for each time that it gathers them
+        autocast = "fp32" if group.mesh is not None else precision
+        loss = torch.zeros((), device=device)
+        for first in range(0, len(batch), rows):
+            part = batch[first : first + rows].to(device, non_blocking=True)
+            with hardware.autocast(device, autocast):
+                micro_loss = model(**arguments(part), num_items_in_batch=labelled, use_cache=False).loss
+            micro_loss.backward()
+            loss += micro_loss.detach()
     loss = group.sum_tokens(loss)
-    norm = clip_gradients(model.parameters(), cfg.optim.clip_norm)
+    norm = clip_gradients(model.parameters(), cfg.optim.clip_norm, pipeline)
     # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
     loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
     ok = math.isfinite(loss_value) and math.isfinite(norm_value)
@@ -244,7 +247,7 @@ def train_step(
     ok = ok and spike is None
     if ok:
         optimizer.step()
-    update_balance(model, ok)
+    update_balance(model, ok, group)
     optimizer.zero_grad(set_to_none=True)
     return loss_value, norm_value, spike
 
@@ -277,12 +280,19 @@ def export(out: Path, model: Any, text: Text, group: Processes) -> None:
         folder.export_model(out, whole, text.tokenizer)
 
 
-def update_balance(model: Any, ok: bool) -> None:
+def arguments(rows: Batch) -> dict[str, torch.Tensor]:
+    """Rows of a batch as the model takes them."""
+    return {
+        "input_ids": rows.tokens, "position_ids": rows.positions, "doc_ids": rows.doc_ids, "shift_labels": rows.labels,
+    }  # fmt: skip
+
+
+def update_balance(model: Any, ok: bool, group: Processes) -> None:
     """Balance the experts after a step; after a skipped one (rate 0) they only forget what it routed."""
     rate = model.config.moe_balance_rate if ok else 0.0
     for module in model.modules():
         if isinstance(module, MoEFeedForward):
-            module.update_balance(rate)
+            module.update_balance(rate, group.tokens)
 
 
 def prefetched(loader: PhasedLoader, first: int, end: int, *, pin: bool) -> Iterator[tuple[int, Batch]]:
@@ -350,7 +360,9 @@ def headline(
     cfg: RunConfig, model: Any, device: torch.device, precision: str, meter: Any, state: Any, group: Processes
 ) -> str:
     """One line on what is about to happen."""
-    parameters = sum(p.numel() for p in model.parameters())
+    from sidlm.models.flops import num_parameters
+
+    parameters = num_parameters(model.config)
     start = f"from step {state.step}" if state.step else "new run"
     kind = f"started from {cfg.model.init_from}" if cfg.model.init_from else f"{cfg.model.preset}/{cfg.model.arch}"
     return (

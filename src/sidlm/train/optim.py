@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sidlm.errors import SidError
 from sidlm.train.config import OptimConfig
+
+if TYPE_CHECKING:
+    from sidlm.parallel.pipeline import Pipeline
 
 
 class Together:
@@ -123,13 +126,18 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place to at most `max_norm` (0: leave them) and return their global L2 norm before, fp32."""
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, pipeline: Pipeline | None = None) -> Tensor:
+    """Scale gradients in place to at most `max_norm` (0: leave them) and return their global L2 norm before, fp32.
+
+    pipeline: of a model in stages, whose other parameters other processes have.
+    """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    copies = set() if pipeline is None else pipeline.copies()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None and p not in copies])
     # of sharded gradients it is a DTensor, whose parts are to be added once
     full_tensor = getattr(norm, "full_tensor", None)
     norm = norm if full_tensor is None else full_tensor()
+    norm = norm if pipeline is None else pipeline.norm_of_all(norm)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
