@@ -25,7 +25,8 @@ def test_the_405b_on_16384_gpus(capsys, monkeypatch):
     for words in (
         "405.85B parameters", "TP 8 CP 1 PP 16 DP 128", "optimizer, two moments", "gradients", "activations",
         "built on meta: the same", "all-gather", "reduce-scatter", "p2p", "pipeline bubble", "bubble 11.7%",
-        "MFU 40.7%", "PFLOPs a GPU", "why not", "TP 8 CP 1 PP 8 DP 256", "fits only with whole blocks",
+        "MFU 40.7%", "PFLOPs a GPU",
+        "why not", "pipeline.virtual_stages 8", "TP 8 CP 1 PP 8 DP 256", "fits only with whole blocks",
     ):  # fmt: skip
         assert words in out, words
 

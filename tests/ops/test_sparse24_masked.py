@@ -201,6 +201,26 @@ def test_the_function_does_not_change_with_the_number_of_tokens(here, features, 
         torch.testing.assert_close(stats[:4], want_stats[:4], rtol=4e-3, atol=4e-3)
 
 
+def test_e4m3_is_turned_in_two_steps_where_the_kernel_is_wrong(here, monkeypatch):
+    here(100, 100)
+    inputs, grad = layer(21, 64, dtype=torch.bfloat16)
+    assert gpu._turns(torch.device("cpu"))
+    both = [run(inputs, grad, impl="triton", precision="fp8")]
+    turn = triton_transpose.transpose_rows
+
+    def wrong(x, *args):
+        out, scale = turn(x, *args)
+        return (out.float().flip(1).to(out.dtype), scale) if x.dtype == out.dtype else (out, scale)
+
+    monkeypatch.setattr(triton_transpose, "transpose_rows", wrong)
+    gpu._turns.cache_clear()
+    assert not gpu._turns(torch.device("cpu"))
+    both.append(run(inputs, grad, impl="triton", precision="fp8"))
+    gpu._turns.cache_clear()
+    for a, b in zip(*both, strict=True):
+        assert torch.equal(a, b)
+
+
 def run_and_look(inputs, grad, **settings):
     """`run`, and at last whether activations were packed."""
     kept = []

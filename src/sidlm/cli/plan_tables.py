@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sidlm.models.flops import num_parameters
-from sidlm.parallel.layout import bubble
+from sidlm.parallel.layout import Layout, bubble
 from sidlm.parallel.plan import Plan, recomputations
 from sidlm.parallel.search import WORDS, Found, neighbours, reason
 from sidlm.parallel.step_time import UNMODELLED
@@ -35,6 +35,7 @@ def show(found: Found, checked: dict[str, Any], title: str) -> None:
         f"{best.hardware.name}\n[bold]{layout.describe()}[/bold]; {layout.micro_batches(job)} micro-batches a step",
         highlight=False,
     )
+    console.print(f"sid train {' '.join(settings(layout))}", highlight=False)
     console.print(_memory(best))
     same = "the same" if checked["planned"] == checked["built"] else f"{checked['built']:,}"
     console.print(
@@ -54,6 +55,17 @@ def show(found: Found, checked: dict[str, Any], title: str) -> None:
     if others:
         console.print(_others(best, others))
         console.print(f"{len(found.meshes)} meshes were searched.", highlight=False)
+
+
+def settings(layout: Layout) -> list[str]:
+    """What makes `sid train` run a layout."""
+    values = {
+        "parallel.dp_replicate": layout.replicas, "parallel.cp": layout.cp, "parallel.pp": layout.pp,
+        "parallel.tp": layout.tp, "parallel.pipeline.virtual_stages": layout.virtual,
+    }  # fmt: skip
+    words = [f"--{name} {value}" for name, value in values.items() if value > 1]
+    words += ["--parallel.reshard_after_forward true"] if layout.reshard else []
+    return [*words, f"--train.micro_batch_size {layout.micro_batch}", f"--train.recompute {layout.recompute}"]
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -60,6 +60,9 @@ class ParallelConfig:
     """context parallelism: processes that split every sequence, and the weights together with dp_shard"""
     tp: int = 1
     """tensor parallelism: processes that split every matrix, by heads, features and vocabulary"""
+    reshard_after_forward: bool = False
+    """free a block's gathered weights after its forward pass and gather them again for the backward one (FSDP): less
+    memory, more messages"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """with pp: how micro-batches go through the stages"""
 

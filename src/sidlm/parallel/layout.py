@@ -12,6 +12,7 @@ from functools import cache
 
 from sidlm.errors import SidError
 from sidlm.models.config import SidConfig
+from sidlm.parallel.schedule import stage_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +109,15 @@ EMBEDDING, HEAD = "embedding", "head"
 def stages(config: SidConfig, pp: int, virtual: int) -> tuple[tuple[str, ...], ...]:
     """What each of pp * virtual stages holds, in order: layer types, EMBEDDING and HEAD."""
     assert config.layer_types is not None
-    return _stages((EMBEDDING, *config.layer_types, HEAD), pp * virtual)
+    return _stages(tuple(config.layer_types), pp * virtual)
 
 
 @cache
-def _stages(units: tuple[str, ...], count: int) -> tuple[tuple[str, ...], ...]:
-    # what is left over goes behind the first stage, whose activations stay longest
-    share, more = divmod(len(units), count)
-    sizes = [share + (1 <= i <= more) for i in range(count)]
-    ends = [sum(sizes[: i + 1]) for i in range(count)]
-    return tuple(units[end - size : end] for size, end in zip(sizes, ends, strict=True))
+def _stages(layer_types: tuple[str, ...], count: int) -> tuple[tuple[str, ...], ...]:
+    parts = [[layer_types[i] for i in layers] for layers in stage_layers(len(layer_types), count, end_layers=1)]
+    parts[0].insert(0, EMBEDDING)
+    parts[-1].append(HEAD)
+    return tuple(map(tuple, parts))
 
 
 @cache

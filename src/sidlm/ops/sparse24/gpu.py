@@ -24,6 +24,7 @@ from sidlm.ops.sparse24 import (
     crossover,
     cusparselt,
     hopper_product,
+    quantize,
     triton_features,
     triton_gradient,
     triton_masked,
@@ -307,15 +308,30 @@ def exact_gradients(
     assert isinstance(dact, Whole)
     if not fp8:
         return dense_product(dact.values.T, None, x.T, None), dense_product(g.T, None, act.values.T, None)
-    tokens = len(x)
-    order, length = token_order(tokens, x.device, False), -(-tokens // FP8_MULTIPLE) * FP8_MULTIPLE
+    act_turned, dact_turned = (_turned(left.values, left.scale, _turns(x.device)) for left in (act, dact))
+    g_turned, x_turned = _turned(g), _turned(x)
+    return dense_matmul(dact_turned, x_turned, True), dense_matmul(g_turned, act_turned, True)
 
-    def turned(left: Whole) -> Operand:
-        bits = triton_features.largest_of_features(left.for_kernels, None)
-        return triton_transpose.transpose_rows(left.values, order, length, True, left.scale, bits)
 
-    g_turned, x_turned = (triton_transpose.transpose_rows(right, order, length, True) for right in (g, x))
-    return dense_matmul(turned(dact), x_turned, True), dense_matmul(g_turned, turned(act), True)
+def _turned(x: Tensor, scale: Tensor | None = None, at_once: bool = True) -> Operand:
+    """x (T, n), or in e4m3 with a scale (T,), as e4m3 (n, T') with scales of its rows; at_once: no step between."""
+    order, length = token_order(len(x), x.device, False), -(-len(x) // FP8_MULTIPLE) * FP8_MULTIPLE
+    if scale is None:
+        return triton_transpose.transpose_rows(x, order, length, True)
+    if not at_once:  # nothing is rounded: scales are powers of two
+        return _turned((x.float() * scale[:, None]).bfloat16())
+    bits = triton_features.largest_of_features(Whole(x, scale).for_kernels, None)
+    return triton_transpose.transpose_rows(x, order, length, True, scale, bits)
+
+
+@functools.cache
+def _turns(device: torch.device) -> bool:
+    """Whether the kernel that turns e4m3 is right on a small example: a compiler has mixed up bytes in such a tile."""
+    x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).to(device)
+    values, scale = quantize.quantize_rows(x)
+    (mine, mine_scale), want = _turned(values, scale), quantize.quantize_rows((values.float() * scale[:, None]).T)
+    assert mine_scale is not None
+    return torch.equal(mine.float(), want[0].float()) and torch.equal(mine_scale, want[1])
 
 
 def weight_gradient(
