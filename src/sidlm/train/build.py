@@ -13,11 +13,12 @@ import torch
 from sidlm.errors import SidError
 from sidlm.train.config import RunConfig
 from sidlm.train.float8 import convert
+from sidlm.train.recipe import phases
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from sidlm.data.loader import Loader
+    from sidlm.data.phases import PhasedLoader
     from sidlm.data.sources import Document
     from sidlm.data.tokenizer import Tokenizer
     from sidlm.models.config import SidConfig
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Text:
     """Training batches, held-out documents and the tokenizer; the fingerprint changes with any of the training text."""
 
-    loader: Loader
+    loader: PhasedLoader
     valid: list[Document]
     tokenizer: Tokenizer
     fingerprint: str
@@ -42,7 +43,8 @@ def open_text(
 
     share: (index, count), which part of the rows of a batch this process reads.
     """
-    from sidlm.data import Loader, Tokenizer, open_data, prepare_tokenizer
+    from sidlm.data import Tokenizer, open_data, prepare_tokenizer
+    from sidlm.data.phases import PhasedLoader
 
     folder = Path(cfg.train.out) / "tokenizer"
     settings = cfg.data
@@ -51,7 +53,7 @@ def open_text(
     tokenizer = Tokenizer.load(folder) if resumed else prepare_tokenizer(settings, folder, log=log)
     data = open_data(cfg.data, tokenizer, log=log)
     rank, world = share
-    loader = Loader(data.train, batch_size=cfg.train.batch_size, seed=cfg.train.seed, rank=rank, world=world)
+    loader = PhasedLoader(data.train, phases(cfg), seed=cfg.train.seed, rank=rank, world=world)
     valid = choose_documents(data.valid, cfg.validation.documents, cfg.validation.characters)
     return Text(loader, valid, tokenizer, data.train.fingerprint)
 

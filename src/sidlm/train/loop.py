@@ -9,13 +9,14 @@ computed without.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -29,17 +30,21 @@ from sidlm.errors import SidError
 from sidlm.nn.moe import MoEFeedForward
 from sidlm.parallel.config import launched
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
+from sidlm.train.average import Average
 from sidlm.train.build import Text, build_model, open_text, spread
 from sidlm.train.config import RunConfig, check, to_yaml
 from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
-from sidlm.train.optim import clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
+from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.processes import Processes
+from sidlm.train.recipe import anneal_steps
 from sidlm.train.report import write_report
 from sidlm.train.schedule import learning_rate
+from sidlm.train.spikes import SpikeGuard
 
 if TYPE_CHECKING:
-    from sidlm.data.loader import Batch, Loader
+    from sidlm.data.loader import Batch
+    from sidlm.data.phases import PhasedLoader
     from sidlm.parallel.pipeline import Pipeline
 
 
@@ -74,6 +79,7 @@ class RunState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     valid: dict[str, dict[str, float]] = field(default_factory=dict)
+    spikes: dict[str, Any] = field(default_factory=dict)
 
 
 def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
@@ -105,10 +111,17 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
     optimizer = make_optimizer(model, cfg.optim)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
-    state = RunState()
+    state, annealing = RunState(), cfg.train.steps - anneal_steps(cfg)
+    average: Average | None = None
+    if found is not None and cfg.schedule.average_every and found.step > annealing:
+        average = Average(model, annealing, cfg.schedule.average_every)
+        tensors |= average.tensors
     if found is not None:
         checkpoint.load(found, tensors)
         state = restore_state(found, text.fingerprint)
+    guard = SpikeGuard(cfg.spikes)
+    guard.state |= state.spikes
+    state.spikes = guard.state
     sparse = sparsity.sparse_layers(model)
 
     meter = SpeedMeter(model, cfg, hardware.peak_flops(device, precision), group.count)
@@ -126,29 +139,42 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
         started = time.perf_counter()
         for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
-            lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps)
+            lr = learning_rate(
+                step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
+            )
             set_learning_rate(optimizer, lr)
             sparsity.switch(sparse, step, cfg.sparsity)
-            loss, norm = train_step(model, optimizer, batch, cfg, device, precision, group, pipeline)
+            loss, norm, spike = train_step(model, optimizer, batch, cfg, device, precision, group, pipeline, guard)
+            if cfg.schedule.average_every and step >= annealing:
+                if average is None:
+                    average = Average(model, annealing, cfg.schedule.average_every)
+                    tensors |= average.tensors
+                average.update(step)
 
             tokens = batch.tokens.numel() * group.share[1]
             state.step = step + 1
             state.tokens += tokens
             record: dict[str, Any] = {"step": state.step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
-            record |= {"tokens": state.tokens} | meter.measure(tokens, time.perf_counter() - started)
+            record |= {"tokens": state.tokens} | meter.measure(
+                tokens, time.perf_counter() - started, batch.tokens.shape[1]
+            )
             if count_skipped(state, loss, norm):
                 record["skipped"] = f"the loss is {loss}, the gradient norm {norm}"
+            elif spike:
+                record["skipped"] = spike
 
             last = state.step == total_steps
             if sparse and due(state.step, log_every, last):
                 record["sparsity"] = sparsity.measured(sparse)
             if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
-                state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
+                with in_use(average):
+                    state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
             log.record(record)
             if cfg.samples.prompts and due(state.step, cfg.samples.every, last):
-                whole = whole_model(model, cfg, step, group)
-                if whole is not None:
-                    write_samples(log, whole, text.tokenizer, cfg, device, precision, state.step)
+                with in_use(average):
+                    whole = whole_model(model, cfg, step, group)
+                    if whole is not None:
+                        write_samples(log, whole, text.tokenizer, cfg, device, precision, state.step)
             give_up_if_hopeless(state, cfg)
             stop.signal = group.largest(stop.signal)
             stopping = bool(stop.signal)
@@ -156,7 +182,8 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
                 log.sync()
                 save_checkpoint(out, tensors, state, cfg, text.fingerprint)
             if due(state.step, cfg.checkpoint.export_every, False):
-                export(out, model, text, group)
+                with in_use(average):
+                    export(out, model, text, group)
             if on_step is not None and group.first:
                 on_step(record)
             if stopping:
@@ -166,7 +193,8 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
     peak_memory = hardware.peak_memory_bytes(device)
     finished = state.step == total_steps
     if finished:
-        export(out, model, text, group)
+        with in_use(average):
+            export(out, model, text, group)
         if group.first:
             write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
     return TrainResult(
@@ -178,16 +206,17 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batch: Batch,
     cfg: RunConfig,
     device: torch.device,
     precision: str,
     group: Processes,
     pipeline: Pipeline | None,
-) -> tuple[float, float]:
+    guard: SpikeGuard,
+) -> tuple[float, float, str | None]:
     """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
-    norm before clipping), the same on all processes.
+    norm before clipping, why the guard left the step out if it did), the same on all processes.
 
     The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
@@ -197,7 +226,9 @@ def train_step(
         part = batch.to(device, non_blocking=True)
         loss = pipeline.step(arguments(part), num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
     else:
-        rows = cfg.train.micro_batch_size or cfg.train.batch_size
+        # a micro-batch keeps its tokens where rows become longer
+        rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
+        rows = rows if cfg.train.micro_batch_size else len(batch)
         # a sharded model casts its weights itself, once for each time that it gathers them
         autocast = "fp32" if group.mesh is not None else precision
         loss = torch.zeros((), device=device)
@@ -212,11 +243,18 @@ def train_step(
     # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
     loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
     ok = math.isfinite(loss_value) and math.isfinite(norm_value)
+    spike = guard.judge(loss_value, norm_value) if ok else None
+    ok = ok and spike is None
     if ok:
         optimizer.step()
     update_balance(model, ok, group)
     optimizer.zero_grad(set_to_none=True)
-    return loss_value, norm_value
+    return loss_value, norm_value, spike
+
+
+def in_use(average: Average | None) -> AbstractContextManager[None]:
+    """The mean of the weights in the model, once there is one."""
+    return nullcontext() if average is None else average.in_use()
 
 
 def whole_model(model: Any, cfg: RunConfig, step: int, group: Processes) -> Any:
@@ -257,7 +295,7 @@ def update_balance(model: Any, ok: bool, group: Processes) -> None:
             module.update_balance(rate, group.tokens)
 
 
-def prefetched(loader: Loader, first: int, end: int, *, pin: bool) -> Iterator[tuple[int, Batch]]:
+def prefetched(loader: PhasedLoader, first: int, end: int, *, pin: bool) -> Iterator[tuple[int, Batch]]:
     """(step, batch) for the steps first..end-1; a thread prepares the next batch during the step.
 
     pin: whether in memory from which copies to a GPU need no waiting.
@@ -315,7 +353,7 @@ def restore_state(found: checkpoint.Checkpoint, data_fingerprint: str) -> RunSta
             f"{found.path} was trained on other data or with another tokenizer (fingerprint "
             f"{found.state['data'][:12]}, now {data_fingerprint[:12]}): restore the files, or choose another train.out"
         )
-    return RunState(**{f.name: found.state[f.name] for f in dataclasses.fields(RunState)})
+    return RunState(**{f.name: found.state[f.name] for f in dataclasses.fields(RunState) if f.name in found.state})
 
 
 def headline(
@@ -341,20 +379,21 @@ class SpeedMeter:
         from sidlm.models.flops import train_flops_per_token
 
         self.peak, self.processes = peak, processes
-        self.flops_per_token = train_flops_per_token(model.config, cfg.data.seq_len)
+        self.flops = functools.cache(lambda length: train_flops_per_token(model.config, length))
+        self.flops_per_token = self.flops(cfg.data.seq_len)
         self.steps = 0
         self.first = (0, 0.0)
         self.rest = (0, 0.0)
 
-    def measure(self, tokens: int, seconds: float) -> dict[str, Any]:
-        """The record's fields about the speed of one step."""
+    def measure(self, tokens: int, seconds: float, length: int) -> dict[str, Any]:
+        """The record's fields about the speed of one step in rows of `length` tokens."""
         self.steps += 1
         if self.steps == 1:  # compilation, first allocations
             self.first = (tokens, seconds)
         else:
             self.rest = (self.rest[0] + tokens, self.rest[1] + seconds)
         speed = tokens / seconds
-        mfu = speed * self.flops_per_token / (self.peak.flops * self.processes)
+        mfu = speed * self.flops(length) / (self.peak.flops * self.processes)
         return {"step_tokens": tokens, "seconds": seconds, "tokens_per_second": speed, "mfu": mfu}
 
     @property

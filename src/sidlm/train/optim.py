@@ -1,20 +1,83 @@
-"""AdamW over a model's parameters, and its state as plain named tensors."""
+"""AdamW over a model's parameters, Muon for its matrices, and their state as plain named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sidlm.errors import SidError
 from sidlm.train.config import OptimConfig
 
 if TYPE_CHECKING:
     from sidlm.parallel.pipeline import Pipeline
 
 
-def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+class Together:
+    """Several optimizers, each over parameters of its own, as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        return {p: state for part in self.parts for p, state in part.state.items()}
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+
+Optimizer = torch.optim.Optimizer | Together
+
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+    """The optimizer of a config. Raises SidError where its torch has no Muon or the blocks have no matrices."""
+    if cfg.name == "adamw":
+        return make_adamw(model.named_parameters(), cfg)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in trained if is_matrix(name, p)]
+    if not matrices or not hasattr(torch.optim, "Muon"):
+        raise SidError(f"optim.name muon: {len(matrices)} matrices in the blocks, torch {torch.__version__}")
+    if any(hasattr(p, "placements") for _, p in matrices):
+        raise SidError("optim.name muon: matrices that are sharded over processes are not supported yet; use adamw")
+    names = {name for name, _ in matrices}
+    rest = [(name, p) for name, p in trained if name not in names]
+    return Together([make_muon(matrices, cfg), make_adamw(rest, cfg)])
+
+
+def is_matrix(name: str, p: Tensor) -> bool:
+    """Whether Muon takes a parameter: a matrix of a block that is no router."""
+    return p.ndim == 2 and ".layers." in name and ".router." not in name
+
+
+def make_muon(matrices: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """torch's Muon (Jordan et al. 2024) with the step size of AdamW (arXiv 2502.16982), its state created."""
+    groups: dict[bool, list[Tensor]] = {}
+    for name, p in matrices:
+        groups.setdefault(".down_proj" in name, []).append(p)
+    settings = [{"params": ps, "lr_scale": cfg.down_proj_lr_scale if down else 1.0} for down, ps in groups.items()]
+    muon = torch.optim.Muon(
+        settings, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    for group in muon.param_groups:
+        for p in group["params"]:
+            muon.state[p] = {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
+    return muon
+
+
+def make_adamw(named: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.optim.AdamW:
     """AdamW with decay on the weights of >= 2 dimensions only, fused where torch has the fused kernel.
 
     `cfg.down_proj_lr_scale` is the `lr_scale` of the group of the feed-forward layers' last matrices, 1 elsewhere.
@@ -23,7 +86,7 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     the same names, also for experts that got no token yet.
     """
     groups: dict[tuple[bool, bool, Any], list[Tensor]] = {}
-    for name, p in model.named_parameters():
+    for name, p in named:
         if p.requires_grad:
             # a kernel over many tensors takes those of one mesh
             groups.setdefault((p.ndim >= 2, ".down_proj" in name, getattr(p, "device_mesh", None)), []).append(p)
@@ -47,17 +110,18 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     return optimizer
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's own state tensors (not copies), named "<parameter>.<exp_avg|exp_avg_sq|step>"."""
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own state tensors (not copies), named "<parameter>.<exp_avg|exp_avg_sq|step|momentum_buffer>"."""
+    states = optimizer.state
     return {
         f"{name}.{key}": value
         for name, p in model.named_parameters()
         if p.requires_grad
-        for key, value in optimizer.state[p].items()
+        for key, value in states[p].items()
     }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Use `lr` from the next step on, times its `lr_scale` for a group that has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
