@@ -217,8 +217,13 @@ CASES = {
     "pp2 x fsdp2 tied, interleaved": lambda: staged("tied", {"pp": 2}, virtual_stages=2),
     "pp2 x tp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
     "pp4 determinant, gpipe": lambda: staged("determinant", {"pp": 4}, schedule="gpipe"),
+    "ep2 x fsdp2 experts": lambda: planned("experts", {}, ep=2),
 }
 MORE = {
+    "ep4 experts": lambda: planned("experts", {}, ep=4),
+    "ep2 x replicate2 experts": lambda: planned("experts", {"dp_replicate": 2}, ep=2),
+    "ep2 x pp2 experts": lambda: planned("experts", {"pp": 2}, ep=2),
+    "ep4 x cp2 experts, recomputed": lambda: planned("experts", {"cp": 2}, ep=4, recompute="blocks"),
     "tp4 tied": lambda: tensor_parallel("tied", 4),
     "tp4 sparse, whole stream": lambda: tensor_parallel("sparse", 4, sequence_parallel=False),
     "fsdp4 llama": lambda: planned("llama", {}),
@@ -251,6 +256,8 @@ MORE = {
     "pp2 x fsdp2 experts": lambda: staged("experts", {"pp": 2}),
 }
 EIGHT = {
+    "ep4 x cp2 experts": lambda: planned("experts", {"cp": 2}, ep=4),
+    "ep2 x cp2 x pp2 experts": lambda: planned("experts", {"cp": 2, "pp": 2}, ep=2),
     "pp2 x tp2 x fsdp2 llama": lambda: staged("llama", {"pp": 2, "tp": 2}, virtual_stages=2),
     "pp2 x tp2 x fsdp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
     "pp2 x cp2 x fsdp2 llama": lambda: staged("llama", {"pp": 2, "cp": 2}),

@@ -29,11 +29,20 @@ MESHES = {
     "tp2-dp2": {"parallel.tp": 2},
     "resumed-on-tp2-cp2": {"parallel.tp": 2, "parallel.cp": 2},
     "pp2-dp2": {"parallel.pp": 2, "train.micro_batch_size": 2},
+    "experts-ep2-pp2": {"parallel.pp": 2, "parallel.ep": 2},
     "resumed-on-pp4": {"parallel.pp": 4, "parallel.pipeline.schedule": "gpipe"},
+}
+EXPERTS = {
+    "model.set": [*SIZES["model.set"], "num_local_experts=4", "num_experts_per_tok=2", "moe_intermediate_size=32"]
 }
 RESUMED = {"tp2-dp2": "resumed-on-one", "pp2-dp2": "pp2-dp2-resumed-on-one"}
 """From a run on a mesh to what goes on in one process"""
 MISTAKES = {
+    "experts": ({"parallel.ep": 2}, "expert parallelism (ep 2) of a model without experts: num_local_experts is 0"),
+    "ep": (
+        {"parallel.ep": 3},
+        "parallel.ep (3) does not divide dp_shard 4 x cp 1 = 4, the processes among which experts",
+    ),
     "mesh": ({"parallel.tp": 3}, "dp_replicate 1 x pp 1 x cp 1 x tp 3 = 3, which does not divide the 4 processes"),
     "heads": ({"parallel.tp": 4}, "num_key_value_heads (2) does not divide by tp (4)"),
     "stages": (
@@ -57,9 +66,10 @@ def runs(tmp_path_factory, argv):
     place = tmp_path_factory.mktemp("runs")
 
     def line(name, **changes):
-        return argv(place / name, **SIZES | CHANGES | changes)
+        return argv(place / name, **SIZES | CHANGES | (EXPERTS if name.startswith("experts-") else {}) | changes)
 
     assert main(line("one")) == 0
+    assert main(line("experts-one")) == 0
     for name in MESHES:
         if name.startswith("resumed"):
             stop_at(place / "one", place / name, 2)
@@ -78,7 +88,8 @@ def runs(tmp_path_factory, argv):
 @pytest.mark.parametrize("name", [*MESHES, *RESUMED.values()])
 def test_the_run_is_that_of_one_process(runs, name):
     place, _ = runs
-    expected, found = (read_json_lines(place / run / "metrics.jsonl") for run in ("one", name))
+    one = "experts-one" if name.startswith("experts-") else "one"
+    expected, found = (read_json_lines(place / run / "metrics.jsonl") for run in (one, name))
     assert [r["tokens"] for r in found] == [r["tokens"] for r in expected] == [256, 512, 768, 1024]
     for a, b in zip(expected, found, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
@@ -86,7 +97,7 @@ def test_the_run_is_that_of_one_process(runs, name):
         assert ("valid" in a) == ("valid" in b)
         if "valid" in a:
             assert b["valid"]["all"] == pytest.approx(a["valid"]["all"], rel=1e-6)
-    expected, found = (load_file(place / run / "model/model.safetensors") for run in ("one", name))
+    expected, found = (load_file(place / run / "model/model.safetensors") for run in (one, name))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)

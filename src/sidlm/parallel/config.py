@@ -45,7 +45,7 @@ class PipelineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How many processes split what; the product is the number of processes.
+    """How many processes split what; the product (without ep) is the number of processes.
 
     Raises SidError for a number that is none.
     """
@@ -60,6 +60,8 @@ class ParallelConfig:
     """context parallelism: processes that split every sequence, and the weights together with dp_shard"""
     tp: int = 1
     """tensor parallelism: processes that split every matrix, by heads, features and vocabulary"""
+    ep: int = 1
+    """expert parallelism: of the processes of dp_shard x cp, how many neighbours split the experts of each layer"""
     reshard_after_forward: bool = False
     """free a block's gathered weights after its forward pass and gather them again for the backward one (FSDP): less
     memory, more messages"""
@@ -69,7 +71,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.dp_shard < 1 and self.dp_shard != -1:
             raise SidError(f"parallel.dp_shard must be at least 1, or -1 for what is left, got {self.dp_shard}")
-        _check_least(self, "parallel", dict.fromkeys(("dp_replicate", "pp", "cp", "tp"), 1))
+        _check_least(self, "parallel", dict.fromkeys(("dp_replicate", "pp", "cp", "tp", "ep"), 1))
 
     def sizes(self, world: int) -> dict[str, int]:
         """Processes along each dimension, outermost first. Raises SidError unless they multiply to `world`."""
@@ -82,6 +84,11 @@ class ParallelConfig:
             sizes["dp_shard"] = world // others
         elif others * self.dp_shard != world:
             raise SidError(f"parallel: {_product(sizes)}, but there are {world} processes")
+        if sizes["dp_shard"] * sizes["cp"] % self.ep:
+            raise SidError(
+                f"parallel.ep ({self.ep}) does not divide dp_shard {sizes['dp_shard']} x cp {sizes['cp']} = "
+                f"{sizes['dp_shard'] * sizes['cp']}, the processes among which experts are split"
+            )
         return sizes
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,6 +36,24 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
     shard = mesh["dp_shard", "cp"]._flatten("fsdp")
     # slicing the root by a flattened name is deprecated; FSDP itself joins meshes like this
     return shard if mesh["dp_replicate"].size() == 1 else DeviceMesh._concatenate([mesh["dp_replicate"], shard])
+
+
+class ExpertMeshes(NamedTuple):
+    """The mesh of dp_shard x cp, and dp_replicate outside it, as experts see it."""
+
+    split: DeviceMesh
+    """the processes that split the experts of a layer"""
+    fsdp: DeviceMesh
+    """those that hold the same experts, for `fully_shard`"""
+
+
+def expert_meshes(mesh: DeviceMesh, ep: int) -> ExpertMeshes:
+    """Of `ep` neighbours in dp_shard x cp each; ep must divide their number."""
+    shard = mesh["dp_shard", "cp"]._flatten("fsdp")
+    both = shard._unflatten("fsdp", (shard.size() // ep, ep), ("expert_shard", "ep"))
+    rest = both["expert_shard"]
+    fsdp = rest if mesh["dp_replicate"].size() == 1 else DeviceMesh._concatenate([mesh["dp_replicate"], rest])
+    return ExpertMeshes(both["ep"], fsdp)
 
 
 def batch_share(mesh: DeviceMesh) -> tuple[int, int]:

@@ -15,7 +15,8 @@ from sidlm.errors import SidError
 from sidlm.nn.block import Block
 from sidlm.parallel.config import RECOMPUTE, PipelineConfig
 from sidlm.parallel.context import context_parallel
-from sidlm.parallel.mesh import fsdp_mesh
+from sidlm.parallel.experts import check_experts, expert_weights, split_experts
+from sidlm.parallel.mesh import expert_meshes, fsdp_mesh
 from sidlm.parallel.pipeline import Pipeline
 from sidlm.parallel.recompute import recompute_block
 from sidlm.parallel.tensor import apply_tensor_parallel
@@ -47,6 +48,8 @@ class ShardConfig:
     """compile each block"""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """with pp: how micro-batches go through the stages"""
+    ep: int = 1
+    """of the processes of dp_shard x cp, how many neighbours split the experts of each layer"""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -82,6 +85,11 @@ def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) ->
         apply_tensor_parallel(
             model, mesh["tp"], sequence_parallel=config.sequence_parallel, loss_parallel=config.loss_parallel
         )
+    experts = expert_meshes(mesh, config.ep) if config.ep > 1 else None
+    if experts is not None:
+        check_experts(model.config, config.ep)
+        for layer in model.model.layers:
+            split_experts(layer.get_submodule("mlp"), experts.split)
     pipeline = None
     if mesh["pp"].size() > 1:
         pipeline = Pipeline(
@@ -94,8 +102,8 @@ def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) ->
         recompute_block(block, config.recompute, compiled=config.compile)
     roots = [model] if pipeline is None else pipeline.stages
     shard(
-        blocks, roots, fsdp_mesh(mesh), weight_dtype=weight_dtype, precision=config.precision,
-        reshard_after_forward=config.reshard_after_forward,
+        blocks, roots, fsdp_mesh(mesh), None if experts is None else experts.fsdp, weight_dtype=weight_dtype,
+        precision=config.precision, reshard_after_forward=config.reshard_after_forward,
     )  # fmt: skip
     if pipeline is not None and pipeline.tied is model.lm_head:  # the other name of what is split now
         model.model.embed_tokens.weight = model.lm_head.weight
@@ -119,12 +127,13 @@ def cut_sequences(model: SidForCausalLM, mesh: DeviceMesh) -> None:
 
 
 def shard(
-    blocks: Sequence[nn.Module], roots: Sequence[nn.Module], mesh: DeviceMesh, *, weight_dtype: torch.dtype,
-    precision: str, reshard_after_forward: bool,
+    blocks: Sequence[Block], roots: Sequence[nn.Module], mesh: DeviceMesh, expert_mesh: DeviceMesh | None, *,
+    weight_dtype: torch.dtype, precision: str, reshard_after_forward: bool,
 ) -> None:  # fmt: skip
     """FSDP2 over a 1-D mesh, HSDP over a 2-D one: each block is one group, what else is in a root another.
 
-    roots: what is called, and holds the blocks: a model, or pipeline stages.
+    roots: what is called, and holds the blocks: a model, or pipeline stages. expert_mesh: for the weights of experts
+    that are split over processes already, else None; they are groups of their own then.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
@@ -133,7 +142,11 @@ def shard(
         cast_forward_inputs=False,
     )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        experts = set() if expert_mesh is None else {weight for _, weight in expert_weights(block.mlp)}
+        settings: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+        fully_shard(block, mesh=mesh, ignored_params=experts, **settings)
+        if experts:  # the router and shared experts are the block's
+            fully_shard(block.mlp, mesh=expert_mesh, ignored_params=set(block.mlp.parameters()) - experts, **settings)
     for root in roots:
         # the head's weight is used without calling the head, so it has to be in the root's group
         fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

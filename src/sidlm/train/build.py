@@ -154,5 +154,6 @@ def spread(
         recompute=cfg.train.recompute,
         compile=compiled,
         pipeline=cfg.parallel.pipeline,
+        ep=cfg.parallel.ep,
     )
     return parallelize(model, mesh, settings)

@@ -85,10 +85,11 @@ def make_adamw(named: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.o
     The state of every parameter is created here, at step 0, instead of on first use: a checkpoint then always holds
     the same names, also for experts that got no token yet.
     """
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[bool, bool, Any], list[Tensor]] = {}
     for name, p in named:
         if p.requires_grad:
-            groups.setdefault((p.ndim >= 2, ".down_proj" in name), []).append(p)
+            # a kernel over many tensors takes those of one mesh
+            groups.setdefault((p.ndim >= 2, ".down_proj" in name, getattr(p, "device_mesh", None)), []).append(p)
     trained = [p for group in groups.values() for p in group]
     fused = all(p.device.type in ("cpu", "cuda", "xpu") and p.is_floating_point() for p in trained)
     settings = [
@@ -97,7 +98,7 @@ def make_adamw(named: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.o
             "weight_decay": cfg.weight_decay if matrix else 0.0,
             "lr_scale": cfg.down_proj_lr_scale if down else 1.0,
         }
-        for (matrix, down), parameters in groups.items()
+        for (matrix, down, _), parameters in groups.items()
     ]
     optimizer = torch.optim.AdamW(settings, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
     for p in trained:
@@ -131,13 +132,22 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, pipeline: Pipe
 
     pipeline: of a model in stages, whose other parameters other processes have.
     """
-    parameters = [p for p in parameters if p.grad is not None]
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_mesh.setdefault(getattr(p, "device_mesh", None), []).append(p)
     copies = set() if pipeline is None else pipeline.copies()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None and p not in copies])
-    # of sharded gradients it is a DTensor, whose parts are to be added once
-    full_tensor = getattr(norm, "full_tensor", None)
-    norm = norm if full_tensor is None else full_tensor()
+    norms = [_norm([p.grad for p in part if p.grad is not None and p not in copies]) for part in by_mesh.values()]
+    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
     norm = norm if pipeline is None else pipeline.norm_of_all(norm)
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for part in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
     return norm
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(gradients)
+    # of sharded gradients it is a DTensor, whose parts are to be added once
+    full_tensor = getattr(norm, "full_tensor", None)
+    return norm if full_tensor is None else full_tensor()
