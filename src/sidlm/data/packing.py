@@ -97,10 +97,10 @@ class TokenStream:
         for epoch in np.unique(epochs):
             order, ends = self._epoch(seed, int(epoch))
             here = epochs == epoch
-            offset = offsets[here]
-            place = np.searchsorted(ends, offset, side="right")
+            within = offsets[here]
+            place = np.searchsorted(ends, within, side="right")
             document = order[place]
-            addresses[here] = self.starts[document] + offset - (ends[place] - self.lengths[document])
+            addresses[here] = self.starts[document] + within - (ends[place] - self.lengths[document])
             segments[here] = epoch * self.num_documents + place
         return self.store.gather(addresses), segments
 

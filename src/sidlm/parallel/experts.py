@@ -34,8 +34,8 @@ def check_experts(config: SidConfig, ep: int) -> None:
 def split_experts(layer: Any, mesh: DeviceMesh) -> None:
     """Keep one part of a layer's experts on each process of a 1-D mesh, in place; names of parameters stay."""
     for name, weight in list(expert_weights(layer)):
-        part: Any = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
-        layer.register_parameter(name, nn.Parameter(part, requires_grad=weight.requires_grad))
+        part = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+        layer.register_parameter(name, nn.Parameter(part, requires_grad=weight.requires_grad))  # pyright: ignore
 
     def run_experts(rows: Tensor, counts: Tensor) -> Tensor:
         return _run_far_experts(layer, rows, counts, mesh)
