@@ -59,7 +59,7 @@ def test_every_command_explains_itself(name, capsys):
 
 def test_unknown_command_names_the_nearest(fails):
     assert fails("evalute") == "unknown command 'evalute'; did you mean 'evaluate'?"
-    assert fails("zzz").startswith("unknown command 'zzz'; there are demo, train,")
+    assert fails("zzz").startswith("unknown command 'zzz'; there are demo, plan, train,")
 
 
 def test_unknown_option_names_the_nearest(fails):

@@ -209,11 +209,11 @@ def poison(monkeypatch):
     def install(calls):
         seen = iter(range(1, 10**6))
 
-        def clip(parameters, max_norm):
+        def clip(parameters, max_norm, pipeline):
             parameters = list(parameters)
             if next(seen) in calls:
                 parameters[0].grad[0, 0] = float("nan")
-            return real(parameters, max_norm)
+            return real(parameters, max_norm, pipeline)
 
         monkeypatch.setattr(loop, "clip_gradients", clip)
 

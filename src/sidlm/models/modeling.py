@@ -189,8 +189,9 @@ class SidModel(SidPreTrainedModel):
         """
         self._check_request(input_ids, inputs_embeds, output_attentions)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if torch.is_autocast_enabled(x.device.type):  # an embedding is no product: the residual stream would be fp32
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type  # of which torch knows no autocast if it is meta
+        if device != "meta" and torch.is_autocast_enabled(device):  # else the residual stream would be fp32
+            x = x.to(torch.get_autocast_dtype(device))
         layer_types = self.config.layer_types
         assert layer_types is not None  # filled in by SidConfig
         if use_cache is None:

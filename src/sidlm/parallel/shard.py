@@ -85,9 +85,10 @@ def parallelize(model: SidForCausalLM, mesh: DeviceMesh, config: ShardConfig) ->
         apply_tensor_parallel(
             model, mesh["tp"], sequence_parallel=config.sequence_parallel, loss_parallel=config.loss_parallel
         )
+    if config.ep > 1:  # before the processes talk: all of them find the mistake
+        check_experts(model.config, config.ep)
     experts = expert_meshes(mesh, config.ep) if config.ep > 1 else None
     if experts is not None:
-        check_experts(model.config, config.ep)
         for layer in model.model.layers:
             split_experts(layer.get_submodule("mlp"), experts.split)
     pipeline = None
