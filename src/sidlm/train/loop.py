@@ -36,6 +36,7 @@ from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.processes import Processes
 from sidlm.train.report import write_report
+from sidlm.train.saving import Saver
 from sidlm.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         log = RunLog(out, step=state.step, total_steps=total_steps, log_every=log_every)
     else:
         log = NoLog()
+    saver = Saver(out / "checkpoints", cfg.checkpoint, group, log.say)
     with stop, log:
         log.say(headline(cfg, model, device, precision, meter, state, group))
         if sparse:
@@ -153,9 +155,9 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             stopping = bool(stop.signal)
             if due(state.step, cfg.checkpoint.every, last or stopping):
                 log.sync()
-                save_checkpoint(out, tensors, state, cfg, text.fingerprint)
+                saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint))
             if due(state.step, cfg.checkpoint.export_every, False):
-                export(out, model, text, group)
+                export(out, model, text, group, saver)
             if on_step is not None and group.first:
                 on_step(record)
             if stopping:
@@ -164,9 +166,10 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
     peak_memory = hardware.peak_memory_bytes(device)
     finished = state.step == total_steps
     if finished:
-        export(out, model, text, group)
-        if group.first:
-            write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
+        export(out, model, text, group, saver)
+    saver.finish(last=True)
+    if finished and group.first:
+        write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
     return TrainResult(
         step=state.step, loss=None if loss is None else finite(loss), valid=state.valid, tokens=state.tokens,
         tokens_per_second=meter.tokens_per_second, peak_memory=peak_memory, out=out,
@@ -231,11 +234,17 @@ def validated(
     return group.told({} if whole is None else validate(whole, text, cfg, device, precision))
 
 
-def export(out: Path, model: Any, text: Text, group: Processes) -> None:
-    """The model as safetensors in the run folder."""
+def export(out: Path, model: Any, text: Text, group: Processes, saver: Saver) -> None:
+    """The model as safetensors in the run folder, of a copy on the CPU that is written while training goes on."""
     whole = group.whole(model)
-    if whole is not None:
-        folder.export_model(out, whole, text.tokenizer)
+    if whole is None:
+        return saver.background(None)
+    tied: dict[int, torch.Tensor] = {}  # tied weights stay one
+    weights = {}
+    for name, t in whole.state_dict().items():
+        weights[name] = tied[t.data_ptr()] if t.data_ptr() in tied else t.detach().to("cpu", copy=True)
+        tied[t.data_ptr()] = weights[name]
+    saver.background(lambda: folder.export_model(out, whole, weights, text.tokenizer))
 
 
 def update_balance(model: Any, ok: bool) -> None:
@@ -281,12 +290,9 @@ def give_up_if_hopeless(state: RunState, cfg: RunConfig) -> None:
             )
 
 
-def save_checkpoint(
-    out: Path, tensors: dict[str, torch.Tensor], state: RunState, cfg: RunConfig, data_fingerprint: str
-) -> None:
-    """Tensors and state of a run as its newest checkpoint."""
-    values = dataclasses.asdict(state) | {"data": data_fingerprint, "config": to_yaml(cfg), "version": __version__}
-    checkpoint.save(out / "checkpoints", tensors, values, keep=cfg.checkpoint.keep)
+def checkpoint_values(state: RunState, cfg: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
+    return dataclasses.asdict(state) | {"data": data_fingerprint, "config": to_yaml(cfg), "version": __version__}
 
 
 def restore_state(found: checkpoint.Checkpoint, data_fingerprint: str) -> RunState:
