@@ -1,5 +1,7 @@
-# make demo: train, evaluate and try a small model.  make test: the default test suite.  Both build .venv first.
+# make demo: train, evaluate and try a small model.  make test: the default test suite, in WORKERS processes of about
+# 2 GB.  Both build .venv first.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo test lint types clean
@@ -15,7 +17,7 @@ demo: .venv/ready
 	$(BIN)/sid demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """Preparing and timing one task of benchmarks/simplicial.py."""
 
 import math
+import random
 import re
 import time
 from collections.abc import Callable
@@ -146,16 +147,22 @@ class Clock:
 
 
 def time_in_turns(functions: list[Callable[[], Any]], clock: Clock, milliseconds: float) -> list[list[float]]:
-    """Times of each function, called in turns; about `milliseconds` for each, 5 to 100 calls."""
+    """Times of each function, called in turns; about `milliseconds` for each, 5 to 100 calls.
+
+    Every turn has another order: what ran before decides how hot the device is.
+    """
     for function in functions:
         function()
     readings = [clock(function) for function in functions]
     synchronize(clock.device)
     slowest = max(reading() for reading in readings)
     repeats = max(5 if slowest < 1000 else 3, min(100, round(milliseconds / max(slowest, 1e-3))))
-    rounds = [[clock(function) for function in functions] for _ in range(repeats)]
+    shuffle, columns = random.Random(0).sample, [[] for _ in functions]
+    for _ in range(repeats):
+        for i in shuffle(range(len(functions)), len(functions)):
+            columns[i].append(clock(functions[i]))
     synchronize(clock.device)
-    return [[reading() for reading in column] for column in zip(*rounds, strict=True)]
+    return [[reading() for reading in column] for column in columns]
 
 
 def tensors(result: Any) -> tuple[Tensor, ...]:

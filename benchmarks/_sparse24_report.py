@@ -36,6 +36,10 @@ def _measured(results: dict, kind: str) -> list[dict]:
     return [row for row in results["rows"] if row["kind"] == kind and row["status"] == "ok" and "ms" in row]
 
 
+MARGIN = 0.99
+"""Of the slower time: what is not faster by more is not preferred."""
+
+
 def _from(points: list[tuple[int, bool]]) -> int | None:
     """The fewest tokens of those measured from which on it is true for all; None if it is not for the most."""
     found = None
@@ -48,24 +52,27 @@ def _from(points: list[tuple[int, bool]]) -> int | None:
 
 def crossovers(results: dict) -> list[dict]:
     """For each layer the fewest tokens measured from which on 2:4 is faster than dense, forward and as a step; and from
-    which on its step is faster with packed activations ("tokens") and, besides, with sparse products for the gradients
-    of weights ("weights"). "tokens" is what its sparse forms, the better of two, make of the one without.
+    which on it is faster with packed activations forward ("inference") and as a step ("tokens") and, besides, with
+    sparse products for the gradients of weights ("weights"). "tokens" is what its sparse forms, the better of two, make
+    of the one without.
     """
-    layers, steps = {}, {}
+    layers, times = {}, {"forward": {}, "step": {}}
     for kind in ("forward", "step"):
         for row in _measured(results, kind):
             if row["density"] != 0.1:
                 continue
             key = (row["precision"], row["model"], row["d"], row["F"])
-            if kind == "step":
-                steps.setdefault(key, {}).setdefault(row["T"], {})[row["variant"]] = row["ms"]
+            times[kind].setdefault(key, {}).setdefault(row["T"], {})[row["variant"]] = row["ms"]
             if row["variant"] == OURS and "speedup" in row:
                 layers.setdefault(key, {}).setdefault(kind, []).append((row["T"], row["speedup"] > 1))
     for key, kinds in layers.items():
-        whole = {T: ms for T, ms in steps.get(key, {}).items() if {PACKED, MIXED, UNPACKED} <= set(ms)}
-        if whole:
-            better = [(T, min(ms[PACKED], ms[MIXED]) < ms[UNPACKED]) for T, ms in whole.items()]
-            kinds |= {"tokens": better, "weights": [(T, ms[PACKED] < ms[MIXED]) for T, ms in whole.items()]}
+        forward = {T: ms for T, ms in times["forward"].get(key, {}).items() if {PACKED, UNPACKED} <= set(ms)}
+        if forward:
+            kinds["inference"] = [(T, ms[PACKED] < MARGIN * ms[UNPACKED]) for T, ms in forward.items()]
+        step = {T: ms for T, ms in times["step"].get(key, {}).items() if {PACKED, MIXED, UNPACKED} <= set(ms)}
+        if step:
+            better = [(T, min(ms[PACKED], ms[MIXED]) < MARGIN * ms[UNPACKED]) for T, ms in step.items()]
+            kinds |= {"tokens": better, "weights": [(T, ms[PACKED] < MARGIN * ms[MIXED]) for T, ms in step.items()]}
     return [
         dict(zip(("precision", "model", "d", "F"), key, strict=True)) | {kind: _from(x) for kind, x in kinds.items()}
         for key, kinds in layers.items()
@@ -76,12 +83,12 @@ def entries(results: dict) -> list[str]:
     """Lines for src/sidlm/ops/sparse24/crossover.py."""
     device, lines = results["runs"][-1]["device"], []
     for row in results["crossovers"]:
-        if "tokens" in row:
+        if {"inference", "tokens"} <= set(row):
             # gradients of weights are sparse only where activations are packed
-            tokens, weights = row["tokens"] or "NEVER", row["weights"] or "NEVER"
+            inference, tokens, weights = (row[name] or "NEVER" for name in ("inference", "tokens", "weights"))
             if "NEVER" not in (tokens, weights):
                 weights = max(tokens, weights)
-            sizes = f"{row['F']}, {row['d']}, {tokens}, {'NEVER' if tokens == 'NEVER' else weights}"
+            sizes = f"{row['F']}, {row['d']}, {inference}, {tokens}, {'NEVER' if tokens == 'NEVER' else weights}"
             lines.append(f'    Crossover("{device}", {row["precision"] == "fp8"}, {sizes}),')
     return lines
 
@@ -130,13 +137,14 @@ def tables(results: dict) -> str:
         )
     if results["crossovers"]:
         out += ["", "### Fewest tokens from which on 2:4 is faster", ""]
-        out += ["| model | precision | forward | step | packed activations | sparse gradients of weights |"]
-        out += ["|---|---|---|---|---|---|"]
+        out += ["| model | precision | forward | step | packed, forward | packed, step | sparse gradients of weights |"]
+        out += ["|---|---|---|---|---|---|---|"]
     for row in results["crossovers"]:
         sizes = [
-            row.get(kind, "") or ("never" if kind in row else "") for kind in ("forward", "step", "tokens", "weights")
+            row.get(kind, "") or ("never" if kind in row else "")
+            for kind in ("forward", "step", "inference", "tokens", "weights")
         ]
-        out.append("| {} | {} | {} | {} | {} | {} |".format(row["model"], row["precision"], *sizes))
+        out.append("| {} | {} | {} | {} | {} | {} | {} |".format(row["model"], row["precision"], *sizes))
     return "\n".join(out) + "\n"
 
 

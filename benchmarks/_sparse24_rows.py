@@ -60,7 +60,7 @@ def packings(model: str, tokens: int) -> list[Task]:
 
 def quick() -> list[Task]:
     tasks = layers("Llama-8B", 8192) + packings("Llama-8B", 8192) + gemms("Llama-8B", 8192)
-    for tokens in (16384, 4096, 2048, 1024):
+    for tokens in (16384, 512, 1024, 2048, 4096):
         tasks += layers("Llama-8B", tokens)
     return tasks + [t for model in ("1.5B", "7B", "70B") for t in layers(model, 8192)]
 
@@ -68,7 +68,7 @@ def quick() -> list[Task]:
 def full() -> list[Task]:
     """Most important first: --budget-seconds cuts the end off."""
     tasks = quick()
-    tasks += [t for tokens in (32768, 512) for t in layers("Llama-8B", tokens)]
+    tasks += layers("Llama-8B", 32768)
     tasks += [t for model in ("7B", "1.5B", "70B") for tokens in TOKENS for t in layers(model, tokens)]
     tasks += [t for density in (0.02, 0.16) for t in layers("Llama-8B", 8192, density)]
     tasks += [t for model in MODELS for tokens in TOKENS[::-1] for t in gemms(model, tokens, SPARSE_PRODUCTS)]

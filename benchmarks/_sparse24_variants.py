@@ -51,7 +51,7 @@ def crossovers(layer: Layer, tokens: int, weights: int) -> Iterator[None]:
         backends._choose.cache_clear()
 
     before, device, (features, width) = crossover.TABLE, torch.cuda.get_device_name(), layer.w_in.shape
-    known = [crossover.Crossover(device, fp8, features, width, tokens, weights) for fp8 in (False, True)]
+    known = [crossover.Crossover(device, fp8, features, width, tokens, tokens, weights) for fp8 in (False, True)]
     crossover.TABLE = (*known, *before)
     forget()
     try:

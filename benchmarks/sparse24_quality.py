@@ -1,7 +1,8 @@
 """What 2:4 activation sparsity costs in quality: the recipe and its ablations (arXiv 2503.16672, table 1) on real text.
 
     python benchmarks/sparse24_quality.py --train DATA... --valid FILE --tokenizer FOLDER [--config configs/micro.yaml]
-        [--preset micro] [--set NAME=VALUE ...] [--warmup STEPS] [--seeds 0 1 2] [--arms dense recipe ...] [--jobs 2]
+        [--preset micro] [--set NAME=VALUE ...] [--warmup STEPS] [--seeds 0 1 2] [--arms dense recipe@2e-3,0.1 ...]
+        [--best-of FILE] [--jobs 2]
         --json benchmarks/results/sparse24_quality.json --plot docs/results/sparse24_quality.png
         [--settings --train.steps 2000 ...]
 
@@ -9,6 +10,10 @@ Equal parameters (SwiGLU has three matrices, of 2/3 the width of squared ReLU, w
 the same batches for a seed, full attention in every layer unless --set says otherwise. Every run is `sid train` in a
 process of its own, --jobs at a time. Results are written after every run: started again, the same command does what is
 missing, and goes on with a run that was cut. It prints a table in Markdown; --replot trains nothing.
+
+An arm may name the learning rate and the multiple of it for down_proj, recipe@2e-3,0.1, for squared ReLU and SwiGLU
+want others. --best-of takes both from the runs of another results file with the lowest loss, of SwiGLU for SwiGLU and
+of squared ReLU for the others, so that what is compared was not chosen on the seeds that it is compared on.
 """
 
 import argparse
@@ -49,6 +54,29 @@ PAPER = {"swiglu": 2.654, "dense": 2.651, "recipe": 2.652, "no_warmup": 2.657, "
 """Table 1 of the paper: 1.5B parameters, 63B tokens."""
 
 
+RATES = ("--optim.lr", "--optim.down_proj_lr_scale")
+
+
+def parts(arm: str) -> tuple[str, list[str]]:
+    """Key of `ARMS`, and the rates that the arm names; ValueError for what is neither."""
+    kind, _, rates = arm.partition("@")
+    values = rates.split(",") if rates else []
+    if kind not in ARMS or len(values) > len(RATES) or any(float(x) < 0 for x in values):
+        raise ValueError(f"{arm!r} is no arm: {', '.join(ARMS)}, and with rates such as dense@2e-3,0.1")
+    return kind, values
+
+
+def chosen(arm: str, path: Path) -> str:
+    """The arm with the rates of the best run of its family in this results file."""
+    kind, _ = parts(arm)
+    family = {"swiglu"} if kind == "swiglu" else {"dense", "recipe"}
+    runs = [r for r in json.loads(path.read_text())["runs"] if parts(r["arm"])[0] in family]
+    if not runs:
+        sys.exit(f"{path} has no run of {' or '.join(sorted(family))} to take the rates of {kind} from")
+    best = min(runs, key=lambda r: r["valid"][-1]["loss"])
+    return "@".join([kind, *best["arm"].split("@")[1:]])
+
+
 def base_words(args: argparse.Namespace) -> list[str]:
     """Settings of every arm but for its model fields, its seed and its folder."""
     words = [] if args.preset is None else ["--model.preset", args.preset]
@@ -59,10 +87,11 @@ def model_fields(args: argparse.Namespace, arm: str) -> dict:
     cfg: RunConfig = load_config(args.config, base_words(args))
     given = cfg.model.overrides | parse_overrides(args.set)
     size = preset(cfg.model.preset, arch="llama", **given)  # SwiGLU's
-    fields = {"layer_types": ["full_attention"] * size.num_hidden_layers} | ARMS[arm][1] | given
+    kind, _ = parts(arm)
+    fields = {"layer_types": ["full_attention"] * size.num_hidden_layers} | ARMS[kind][1] | given
     width = given.get("intermediate_size", 3 * size.intermediate_size // 2)
-    fields["intermediate_size"] = round(2 * width / 3) if arm == "swiglu" else width
-    if args.precision is not None and arm != "swiglu":
+    fields["intermediate_size"] = round(2 * width / 3) if kind == "swiglu" else width
+    if args.precision is not None and kind != "swiglu":
         fields["mlp_precision"] = args.precision
     return fields
 
@@ -71,12 +100,12 @@ def train_words(args: argparse.Namespace, arm: str, seed: int) -> tuple[list[str
     """What follows `sid train` for one run, and its folder."""
     out = Path(args.out) / f"{arm}-{seed}"
     words = [args.config, "--model.set", *format_overrides(model_fields(args, arm))]
-    words += ["--sparsity.warmup_steps", str(0 if arm == "no_warmup" else args.warmup)]
+    kind, rates = parts(arm)
+    words += ["--sparsity.warmup_steps", str(0 if kind == "no_warmup" else args.warmup)]
     words += ["--data.train", *args.train, "--data.valid", args.valid, "--data.tokenizer", args.tokenizer]
     words += ["--train.seed", str(seed), "--train.out", str(out), "--train.device", args.device]
     words += ["--samples.prompts", "--validation.documents", "96", "--validation.characters", "6000"]
-    own = {"--optim.lr": args.squared_relu_lr, "--optim.down_proj_lr_scale": args.down_proj_lr_scale}
-    own_words = [word for key, value in own.items() if value and arm != "swiglu" for word in (key, str(value))]
+    own_words = [word for pair in zip(RATES, rates, strict=False) for word in pair]
     return [*words, *base_words(args), *own_words], out
 
 
@@ -136,6 +165,25 @@ def percent(values: list[float | None]) -> str:
     return f"{min(known):.3g} to {max(known):.3g}" if known else ""
 
 
+def ordered(runs: list[dict]) -> list[str]:
+    """The arms that were run, as `ARMS` has them, with fewer and lower rates first."""
+
+    def place(arm: str) -> tuple[int, list[float]]:
+        kind, rates = parts(arm)
+        return list(ARMS).index(kind), [float(x) for x in rates]
+
+    return sorted({r["arm"] for r in runs}, key=place)
+
+
+def compared(arm: str, loss: dict[tuple[str, int], float], seed: int) -> str | None:
+    """The dense squared-ReLU arm that an arm is compared with: of its own rates, or else the best."""
+    own = "@".join(["dense", *arm.split("@")[1:]])
+    if parts(arm)[0] != "swiglu" and (own, seed) in loss:
+        return own
+    known = [name for name, s in loss if s == seed and parts(name)[0] == "dense"]
+    return min(known, key=lambda name: loss[name, seed], default=None)
+
+
 def table(runs: list[dict]) -> str:
     """Markdown: validation loss of each arm over the seeds, and its distance from dense squared ReLU seed by seed."""
     loss = {(r["arm"], r["seed"]): r["valid"][-1]["loss"] for r in runs}
@@ -144,12 +192,12 @@ def table(runs: list[dict]) -> str:
         "| zeros by layer, % | dropped: forward, % | of activations^T, % | of gradients^T, % |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for arm, (name, _) in ARMS.items():
-        rows = [r for r in runs if r["arm"] == arm]
-        if not rows:
-            continue
+    for arm in ordered(runs):
+        rows, (kind, rates) = [r for r in runs if r["arm"] == arm], parts(arm)
+        name = f"{ARMS[kind][0]}, {' x '.join(rates)}" if rates else ARMS[kind][0]
         losses = [r["valid"][-1]["loss"] for r in rows]
-        above = [loss[arm, r["seed"]] - loss["dense", r["seed"]] for r in rows if ("dense", r["seed"]) in loss]
+        dense = {r["seed"]: loss[one, r["seed"]] for r in rows if (one := compared(arm, loss, r["seed"])) is not None}
+        above = [loss[arm, seed] - other for seed, other in dense.items()]
         by_seed = ", ".join(f"{x:+.4f}" for x in above)
         last = [r["sparsity"][-1] for r in rows if r["sparsity"]]
         shares = [[v for s in last for v in s[key]] for key in ("zeros", "dropped", "dropped_act_t", "dropped_dact_t")]
@@ -157,7 +205,7 @@ def table(runs: list[dict]) -> str:
             name,
             f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})",
             f"{statistics.mean(above):+.4f} ({by_seed})" if above else "",
-            f"{PAPER[arm] - PAPER['dense']:+.3f}",
+            f"{PAPER[kind] - PAPER['dense']:+.3f}",
             f"{statistics.mean(r['valid'][-1]['bits_per_byte'] for r in rows):.4f}",
             *map(percent, shares),
         ]
@@ -168,16 +216,23 @@ def table(runs: list[dict]) -> str:
 def plot(runs: list[dict], path: Path) -> None:
     """Left: validation loss above that of dense squared ReLU. Right: zeros and what is dropped in the layers."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), dpi=150)
-    dense = {(r["seed"], v["step"]): v["loss"] for r in runs if r["arm"] == "dense" for v in r["valid"]}
-    for i, (arm, (name, _)) in enumerate(ARMS.items()):
-        rows = [r for r in runs if r["arm"] == arm]
+    loss = {(r["arm"], r["seed"]): r["valid"][-1]["loss"] for r in runs}
+    at = {(r["arm"], r["seed"], v["step"]): v["loss"] for r in runs for v in r["valid"]}
+    for i, arm in enumerate(ordered(runs)):
+        rows, (kind, rates) = [r for r in runs if r["arm"] == arm], parts(arm)
+        name = f"{ARMS[kind][0]}, {' x '.join(rates)}" if rates else ARMS[kind][0]
         steps = sorted({v["step"] for r in rows for v in r["valid"]})
-        curves = [[v["loss"] - dense.get((r["seed"], v["step"]), float("nan")) for v in r["valid"]] for r in rows]
-        if curves:
-            mean = [statistics.mean(at) for at in zip(*curves, strict=True)]
-            left.plot(steps, mean, color=f"C{i}", label=name, marker="o", markersize=2.5, linewidth=1.2)
+        curves = [
+            [
+                v["loss"] - at.get((compared(arm, loss, r["seed"]), r["seed"], v["step"]), float("nan"))
+                for v in r["valid"]
+            ]
+            for r in rows
+        ]
+        mean = [statistics.mean(point) for point in zip(*curves, strict=True)]
+        left.plot(steps, mean, color=f"C{i}", label=name, marker="o", markersize=2.5, linewidth=1.2)
         for r in rows:
-            if arm == "recipe" and r["sparsity"]:
+            if kind == "recipe" and r["sparsity"]:
                 last, layers = r["sparsity"][-1], range(1, len(r["sparsity"][-1]["zeros"]) + 1)
                 first = r is rows[0]
                 right.plot(layers, last["zeros"], "C0-o", markersize=2.5, label="zeros" if first else None)
@@ -210,14 +265,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", help="another size than the config's")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="model fields of every arm")
     parser.add_argument("--precision", choices=["bf16", "fp8"], help="mlp_precision of every squared-ReLU arm")
-    parser.add_argument("--squared-relu-lr", type=float, help="optim.lr of every squared-ReLU arm")
-    parser.add_argument("--down-proj-lr-scale", type=float, help="optim.down_proj_lr_scale of every squared-ReLU arm")
+    parser.add_argument("--best-of", type=Path, metavar="JSON", help="results whose best rates every arm takes")
     parser.add_argument("--warmup", type=int, default=1000, help="dense steps of the arms that have them")
     parser.add_argument("--train", nargs="+", default=[])
     parser.add_argument("--valid")
     parser.add_argument("--tokenizer")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="NAME or NAME@LR[,SCALE]")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="runs/sparse24_quality", help="where the run folders go")
@@ -230,6 +284,12 @@ def arguments() -> argparse.Namespace:
         parser.error("--train, --valid and --tokenizer are needed to train")
     if any(word.startswith("--model.set") for word in args.settings):
         parser.error("model fields are given with --set")
+    try:
+        for arm in args.arms:
+            parts(arm)
+    except ValueError as error:
+        parser.error(str(error))
+    args.arms = args.arms if args.best_of is None else [chosen(arm, args.best_of) for arm in args.arms]
     return args
 
 

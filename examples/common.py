@@ -54,6 +54,11 @@ def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def learning_rate(settings: Any, *, trained: float, new: float) -> float:
+    """--lr if it is given; a trained model would not survive the rate at which a tiny new one learns in a few steps."""
+    return settings.lr if settings.lr is not None else trained if settings.model else new
+
+
 def on_this_machine() -> dict[str, Any]:
     """Arguments of any of TRL's configs: bf16 on a GPU, float32 without one; nothing is sent anywhere."""
     gpu = torch.cuda.is_available()

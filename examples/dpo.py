@@ -12,7 +12,7 @@ import copy
 from dataclasses import dataclass
 
 import tyro
-from common import first_and_last, on_this_machine, open_model, save, toy_preferences
+from common import first_and_last, learning_rate, on_this_machine, open_model, save, toy_preferences
 from datasets import Dataset
 from trl import DPOConfig
 
@@ -34,8 +34,8 @@ class Settings:
     """pairs in a step"""
     max_length: int = 256
     """tokens of a prompt with an answer; what is longer is cut"""
-    lr: float = 1e-3
-    """peak learning rate; Llama 3 takes 1e-5 for a trained model"""
+    lr: float | None = None
+    """peak learning rate; default: 1e-5 for a given model (Llama 3, section 4.1.4), 1e-3 for the tiny new one"""
     beta: float = 0.1
     """how far the policy may go from the reference: less is further"""
     nll_weight: float = 0.2
@@ -53,7 +53,7 @@ def main(settings: Settings) -> Llama3DPOTrainer:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         max_length=settings.max_length,
-        learning_rate=settings.lr,
+        learning_rate=learning_rate(settings, trained=1e-5, new=1e-3),
         beta=settings.beta,
         gradient_checkpointing=False,
         logging_steps=1,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import tyro
-from common import first_and_last, on_this_machine, open_model, open_tokenizer, save, toy_chats
+from common import first_and_last, learning_rate, on_this_machine, open_model, open_tokenizer, save, toy_chats
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -39,8 +39,8 @@ class Settings:
     """answers to one prompt"""
     max_tokens: int = 16
     """longest answer"""
-    lr: float = 1e-2
-    """peak learning rate; 1e-6 suits a trained model"""
+    lr: float | None = None
+    """peak learning rate; default: 1e-6 for a given model, 1e-2 for the tiny new one"""
     beta: float = 0.0
     """weight of the divergence from the first model"""
     limit: int | None = None
@@ -71,7 +71,7 @@ def main(settings: Settings) -> GRPOTrainer:
         per_device_train_batch_size=settings.batch_size,
         num_generations=settings.group,
         max_completion_length=settings.max_tokens,
-        learning_rate=settings.lr,
+        learning_rate=learning_rate(settings, trained=1e-6, new=1e-2),
         beta=settings.beta,
         gradient_checkpointing=False,
         logging_steps=1,

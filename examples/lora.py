@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import tyro
-from common import first_and_last, on_this_machine, open_model, save, toy_chats
+from common import first_and_last, learning_rate, on_this_machine, open_model, save, toy_chats
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -37,8 +37,8 @@ class Settings:
     """rows of max_length tokens in a step"""
     max_length: int = 256
     """tokens in a packed row; longer dialogues are cut"""
-    lr: float = 1e-2
-    """peak learning rate; 1e-4 suits a trained model"""
+    lr: float | None = None
+    """peak learning rate; default: 1e-4 for a given model, 1e-2 for the tiny new one"""
     limit: int | None = None
     """read no more lines than this"""
     seed: int = 0
@@ -52,7 +52,7 @@ def main(settings: Settings) -> SFTTrainer:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         max_length=settings.max_length,
-        learning_rate=settings.lr,
+        learning_rate=learning_rate(settings, trained=1e-4, new=1e-2),
         assistant_only_loss=True,
         packing=True,
         gradient_checkpointing=False,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from common import first_and_last, on_this_machine, open_tokenizer, save, toy_model, toy_preferences
+from common import first_and_last, learning_rate, on_this_machine, open_tokenizer, save, toy_model, toy_preferences
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
@@ -34,8 +34,8 @@ class Settings:
     """pairs in a step"""
     max_length: int = 256
     """tokens of a prompt with an answer; longer pairs are left out"""
-    lr: float = 1e-3
-    """peak learning rate; 1e-5 suits a trained model"""
+    lr: float | None = None
+    """peak learning rate; default: 1e-5 for a given model, 1e-3 for the tiny new one"""
     limit: int | None = None
     """read no more lines than this"""
     seed: int = 0
@@ -49,7 +49,7 @@ def main(settings: Settings) -> RewardTrainer:
         model = SidForSequenceClassification(language.config)
         model.model.load_state_dict(language.model.state_dict())
     else:
-        model = SidForSequenceClassification.from_pretrained(settings.model, num_labels=1)
+        model = SidForSequenceClassification.from_pretrained(settings.model, num_labels=1, dtype=torch.float32)
         tokenizer = open_tokenizer(settings.model)
     pairs = read_preferences(settings.data, settings.limit) if settings.data else toy_preferences(256)
     config = RewardConfig(
@@ -57,7 +57,7 @@ def main(settings: Settings) -> RewardTrainer:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         max_length=settings.max_length,
-        learning_rate=settings.lr,
+        learning_rate=learning_rate(settings, trained=1e-5, new=1e-3),
         gradient_checkpointing=False,
         logging_steps=1,
         seed=settings.seed,

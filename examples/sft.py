@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import tyro
-from common import first_and_last, on_this_machine, open_model, save, toy_chats
+from common import first_and_last, learning_rate, on_this_machine, open_model, save, toy_chats
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -32,8 +32,8 @@ class Settings:
     """rows of max_length tokens in a step"""
     max_length: int = 256
     """tokens in a packed row; longer dialogues are cut"""
-    lr: float = 1e-3
-    """peak learning rate; Llama 3 takes 1e-5 for a trained model (section 4.1.3)"""
+    lr: float | None = None
+    """peak learning rate; default: 1e-5 for a given model (Llama 3, section 4.1.3), 1e-3 for the tiny new one"""
     limit: int | None = None
     """read no more lines than this"""
     seed: int = 0
@@ -47,7 +47,7 @@ def main(settings: Settings) -> SFTTrainer:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         max_length=settings.max_length,
-        learning_rate=settings.lr,
+        learning_rate=learning_rate(settings, trained=1e-5, new=1e-3),
         lr_scheduler_type="cosine",
         assistant_only_loss=True,
         # not "wrapped", which joins dialogues without a boundary that any model could see

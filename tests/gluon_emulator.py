@@ -356,6 +356,9 @@ class gl:
     def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
         if asm.startswith("shl."):  # bfloat16 to float32
             return args[0].to(dtype)
+        if "fma." in asm:  # a b - c d, the second product rounded by itself
+            a, b, c, d = args
+            return (a.float() * b.float() - (c * d).float()).to(dtype)
         assert asm.startswith("mul."), asm
         return args[0] * args[1]
 

@@ -77,13 +77,17 @@ def row(*cells: str) -> str:
 
 def section(name: str, cls: type, about: str) -> list[str]:
     docs, hints, default = field_docs(cls), typing.get_type_hints(cls), cls()
+    inner: list[str] = []
     lines = [f"## {name}", "", about, "", row("key", "default", "takes", "meaning"), row(*["---"] * 4)]
     for field in dataclasses.fields(cls):
         if field.name not in docs:
             raise SystemExit(f"{cls.__name__}.{field.name} has no docstring under it")
+        if dataclasses.is_dataclass(hints[field.name]):  # a section of its own
+            inner += section(f"{name}.{field.name}", hints[field.name], paragraph(hints[field.name]))
+            continue
         hint = describe(hints[field.name])
         lines.append(row(f"`{name}.{field.name}`", flow(getattr(default, field.name)), hint, docs[field.name]))
-    return [*lines, ""]
+    return [*lines, "", *inner]
 
 
 def paragraph(cls: type) -> str:

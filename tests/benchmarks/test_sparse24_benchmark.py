@@ -89,22 +89,29 @@ def test_crossover_is_where_all_larger_sizes_are_faster(script):
             rows += rows_of(module, {tokens: 1.0}, variant=variant, ms=ms)
             rows += rows_of(module, {tokens: 1.0}, variant=variant, ms=1.0, precision="bf16")
     rows += rows_of(module, {4096: 1.2, 1024: 0.8}, kind="forward")
+    for variant, times in {
+        "sidlm 2:4 packed": {256: 0.995, 512: 0.98, 1024: 0.9},
+        "sidlm 2:4 unpacked": {256: 1.0, 512: 1.0, 1024: 1.0},
+    }.items():
+        for tokens, ms in times.items():
+            rows += rows_of(module, {tokens: 1.0}, kind="forward", variant=variant, ms=ms)
+            rows += rows_of(module, {tokens: 1.0}, kind="forward", variant=variant, ms=1.0, precision="bf16")
     rows += rows_of(module, {16384: 0.1}, density=0.16) + rows_of(module, {16384: 0.1}, status="error")
     results = {"rows": rows, "runs": [{"device": "NVIDIA H200"}]}
     results["crossovers"] = found = module.crossovers(results)
     by = {row["precision"]: row for row in found}
     assert by["fp8"]["step"] == 2048 and by["fp8"]["forward"] == 4096
     assert by["bf16"]["step"] is None and "forward" not in by["bf16"]
-    assert (by["fp8"]["tokens"], by["fp8"]["weights"]) == (1024, 8192)
-    assert by["bf16"]["tokens"] is by["bf16"]["weights"] is None
+    assert [by["fp8"][name] for name in ("inference", "tokens", "weights")] == [512, 1024, 8192]
+    assert by["bf16"]["inference"] is by["bf16"]["tokens"] is by["bf16"]["weights"] is None
     from sidlm.ops.sparse24.crossover import NEVER, Crossover
 
     lines = [
         eval(line.strip().rstrip(","), {"Crossover": Crossover, "NEVER": NEVER}) for line in module.entries(results)
     ]
     assert set(lines) == {
-        Crossover("NVIDIA H200", True, 16384, 4096, 1024, 8192),
-        Crossover("NVIDIA H200", False, 16384, 4096, NEVER, NEVER),
+        Crossover("NVIDIA H200", True, 16384, 4096, 512, 1024, 8192),
+        Crossover("NVIDIA H200", False, 16384, 4096, NEVER, NEVER, NEVER),
     }  # fmt: skip
 
 

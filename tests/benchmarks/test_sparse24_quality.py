@@ -79,16 +79,48 @@ def test_a_run_of_two_steps_and_its_table(script, files, tmp_path, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_squared_relu_may_have_learning_rates_of_its_own(script, monkeypatch):
+def arguments(module, monkeypatch, *words):
+    given = ["--json", "x", "--config", str(NANO), "--train", "t", "--valid", "v", "--tokenizer", "t"]
+    monkeypatch.setattr(sys, "argv", ["x", *given, *map(str, words), "--settings", "--optim.lr", "1"])
+    return module.arguments()
+
+
+def test_an_arm_may_have_learning_rates_of_its_own(script, monkeypatch):
     module, _ = script
-    words = ["--json", "x", "--replot", "--config", str(NANO), "--squared-relu-lr", "0.5"]
-    words += ["--train", "t", "--valid", "v", "--tokenizer", "t", "--settings", "--optim.lr", "1"]
-    monkeypatch.setattr(sys, "argv", ["x", *words])
-    args = module.arguments()
-    rates = {
-        arm: module.load_config(args.config, module.train_words(args, arm, 0)[0][1:]).optim.lr for arm in module.ARMS
-    }
-    assert rates == dict.fromkeys(module.ARMS, 0.5) | {"swiglu": 1}
+    args = arguments(module, monkeypatch, "--arms", "swiglu", "dense@0.5", "recipe@0.5,0.1")
+    optim = [module.load_config(args.config, module.train_words(args, arm, 0)[0][1:]).optim for arm in args.arms]
+    assert [(x.lr, x.down_proj_lr_scale) for x in optim] == [(1, 1), (0.5, 1), (0.5, 0.1)]
+    fields = [module.model_fields(args, arm) for arm in ("recipe", "recipe@0.5,0.1")]
+    assert fields[0] == fields[1]
+    for wrong in ("denser", "dense@x", "dense@1,2,3", "dense@-1"):
+        with pytest.raises(SystemExit):
+            arguments(module, monkeypatch, "--arms", wrong)
+
+
+def test_rates_are_chosen_from_other_runs_by_family(script, monkeypatch, tmp_path, capsys):
+    module, _ = script
+    losses = {"swiglu": 3.0, "swiglu@2e-3": 2.9, "dense": 4.0, "dense@4e-3,0.1": 3.1, "recipe@2e-3,0.1": 3.2}
+    runs = [
+        {"arm": arm, "seed": 0, "valid": [{"step": 2, "loss": loss, "bits_per_byte": 1.0}], "sparsity": []}
+        for arm, loss in losses.items()
+    ]
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps({"facts": {}, "runs": runs}))
+    args = arguments(module, monkeypatch, "--arms", "swiglu", "dense", "recipe", "--best-of", file)
+    assert args.arms == ["swiglu@2e-3", "dense@4e-3,0.1", "recipe@4e-3,0.1"]
+    lines = module.table(runs).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "SwiGLU, dense", "SwiGLU, dense, 2e-3", "squared ReLU, dense", "squared ReLU, dense, 4e-3 x 0.1",
+        "2:4, the full recipe, 2e-3 x 0.1",
+    ]  # fmt: skip
+    # squared ReLU beside the dense one of its own rates, and the others beside the best
+    assert [line.split("|")[3].split("(")[0].strip() for line in lines] == [
+        "-0.1000",
+        "-0.2000",
+        "+0.0000",
+        "+0.0000",
+        "+0.1000",
+    ]
 
 
 def test_it_goes_on_where_it_was_cut(script, files, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +138,8 @@ def test_weights_that_are_cut_off(fails, copy, text):
     assert str(copy / "model") in fails("evaluate", copy, "--data", text)
     file.unlink()
     assert str(copy / "model") in fails("evaluate", copy, "--data", text)
+    (copy / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Path.cwd()))
+    assert "pytorch_model.bin is a pickle, which is not read" in fails("evaluate", copy, "--data", text)
 
 
 @pytest.mark.parametrize(

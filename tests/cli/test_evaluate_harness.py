@@ -60,7 +60,7 @@ def test_harness_table_and_json(sid, demo_run, questions, tmp_path):
     share = got["metrics"]["acc"]["value"]
     assert got["questions"] == 3 and got["shots"] == 0 and "data" not in report
     assert got["metrics"]["acc"]["ci95"] == pytest.approx(1.96 * math.sqrt(share * (1 - share) / 3))
-    assert f"{got['nll']:.3f} ± {got['nll_ci95']:.3f}" in shown
+    assert f"{got['nll']:.2f} ± {got['nll_ci95']:.2f}" in shown
 
 
 def test_a_question_cannot_hold_control_tokens(sid, chat, tmp_path):

@@ -52,12 +52,17 @@ def test_sft(example, tmp_path):
 def test_sft_on_a_folder_and_a_file_of_instructions_then_dpo(example, jsonl, tmp_path):
     chats = jsonl("chats.jsonl", [{"instruction": f"Count {i}", "output": "one two three"} for i in range(16)])
     example("sft", "--steps", 1, "--out", tmp_path / "a")
-    again = example("sft", "--model", tmp_path / "a", "--data", chats, "--steps", 4, "--out", tmp_path / "b")
+    again = example(
+        "sft", "--model", tmp_path / "a", "--data", chats, "--steps", 4, "--lr", 1e-3, "--out", tmp_path / "b"
+    )
     losses = logged(again, "loss")
     assert losses[-1] < losses[0]
     pairs = jsonl("pairs.jsonl", [{"prompt": f"Count {i}", "chosen": "one", "rejected": "none"} for i in range(16)])
     words = ("--model", tmp_path / "b", "--data", pairs, "--steps", 4, "--out", tmp_path / "c", "--limit", 12)
-    assert logged(example("dpo", *words), "loss")[-1] < losses[-1]
+    # and a trained model is not overrun: without --lr it gets Llama 3's rate
+    gently = example("dpo", *words)
+    assert gently.args.learning_rate == 1e-5
+    assert logged(example("dpo", *words, "--lr", 1e-3), "loss")[-1] < logged(gently, "loss")[-1]
     with pytest.raises(SidError, match=r"chats\.jsonl:1: needs the keys prompt, chosen and rejected; it has instr"):
         example("dpo", "--model", tmp_path / "b", "--data", chats, "--out", tmp_path / "d")
 

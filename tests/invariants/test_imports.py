@@ -6,9 +6,10 @@ from pathlib import Path
 import sidlm
 
 ROOT = Path(sidlm.__file__).parent
-LAYER = {"cli": 6, "serve": 5, "train": 4, "post": 4, "evaluate": 3, "scaling": 3}
+LAYER = {"cli": 6, "serve": 5, "train": 4, "post": 4, "evaluate": 3, "scaling": 5}
 LAYER |= {"parallel": 3, "data": 2, "models": 2, "nn": 1, "ops": 0}
-# the loop validates, and the server speaks post's chat format: train is above evaluate, and serve above post
+# the loop validates, and the server speaks post's chat format: train is above evaluate, serve
+# above post; a scaling grid trains
 LEAVES = {"errors", "__init__"}
 
 

@@ -1,8 +1,10 @@
 """Checkpoints from layout to layout: transformers' logits, Meta's files, bounded memory."""
 
+import importlib
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -152,28 +154,50 @@ def test_torch_save_and_the_streaming_writer_give_the_same_tensors(tmp_path):
     assert abs(size - (tmp_path / "copy.pth").stat().st_size) < 200 * len(theirs.state_dict())
 
 
-def test_the_llama_models_reference_gives_the_same_logits(tmp_path):
-    """Meta's own code on the files written here. Needs the optional llama-models and fairscale."""
-    pytest.importorskip("fairscale")
-    reference = pytest.importorskip("llama_models.llama3.model")
-    args = pytest.importorskip("llama_models.llama3.args")
-    from fairscale.nn.model_parallel.initialize import initialize_model_parallel, model_parallel_is_initialized
+@pytest.fixture
+def reference(monkeypatch):
+    """llama-models' module of the model. The fairscale layers that it is made of are plain ones on a single rank."""
+    pytest.importorskip("llama_models.llama3.args")
 
-    theirs = save_llama(tmp_path / "hf", "llama3.1")  # factor 8, which its code has built in
+    class Linear(torch.nn.Linear):
+        def __init__(self, rows: int, columns: int, bias: bool, **_):
+            super().__init__(rows, columns, bias=bias)
+
+    class Embedding(torch.nn.Embedding):
+        def __init__(self, rows: int, columns: int, **_):
+            super().__init__(rows, columns)
+
+    parts = {"initialize": {"get_model_parallel_world_size": lambda: 1},
+             "layers": {"ColumnParallelLinear": Linear, "RowParallelLinear": Linear,
+                        "VocabParallelEmbedding": Embedding}}  # fmt: skip
+    for name in ("fairscale", "fairscale.nn", "fairscale.nn.model_parallel"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for name, content in parts.items():
+        module = types.ModuleType(f"fairscale.nn.model_parallel.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        setattr(sys.modules["fairscale.nn.model_parallel"], name, module)
+    monkeypatch.delitem(sys.modules, "llama_models.llama3.model", raising=False)
+    return importlib.import_module("llama_models.llama3.model")
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama3.1", "mha"])  # Meta's code has the factor 8 built in, and never ties
+def test_the_llama_models_reference_gives_the_same_logits(tmp_path, reference, name):
+    """Meta's own code on the files written here, and what is read from them again."""
+    from llama_models.llama3.args import ModelArgs
+
+    theirs = save_llama(tmp_path / "hf", name)
     go(tmp_path / "hf", tmp_path / "meta", layout="meta")
-    file = tmp_path / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    try:
-        if not model_parallel_is_initialized():
-            initialize_model_parallel(1)
-        fields = json.loads((tmp_path / "meta" / "params.json").read_text()) | {"max_seq_len": 64, "max_batch_size": 1}
-        model = reference.Transformer(args.ModelArgs(**fields))
-        weights = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
-        model.load_state_dict(weights, strict=True)
-        with torch.no_grad():
-            torch.testing.assert_close(model(prompt(), 0), theirs(prompt()).logits, rtol=0, atol=1e-5)
-    finally:
-        torch.distributed.destroy_process_group()
+    fields = json.loads((tmp_path / "meta" / "params.json").read_text()) | {"max_seq_len": 64, "max_batch_size": 1}
+    model = reference.Transformer(ModelArgs(**fields))
+    weights = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
+    model.load_state_dict(weights, strict=True)
+    go(tmp_path / "meta", tmp_path / "sid")
+    ours = SidForCausalLM.from_pretrained(tmp_path / "sid")
+    with torch.no_grad():
+        expected = model(prompt(), 0)
+        torch.testing.assert_close(theirs(prompt()).logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours(prompt()).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_sizes_of_the_feed_forward_layer():

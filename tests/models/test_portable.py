@@ -22,7 +22,7 @@ MODELS = {
     "no_norm": {"tie_word_embeddings": True, "mlp_type": "squared_relu", "mlp_sparsity": "2:4"},
     "full": {"num_local_experts": 4, "num_shared_experts": 1, "moe_intermediate_size": 16, "moe_gate": "sigmoid"},
     "trilinear": {"mlp_type": "squared_relu", "num_local_experts": 3, "num_experts_per_tok": 1,
-                  "simplicial_window": [4, 7]},
+                  "simplicial_window": [4, 7], "simplicial_scale": 0.4},
 }  # fmt: skip
 
 SCRIPT = """

@@ -35,8 +35,9 @@ def test_layer_is_the_op_on_its_projections(form, position, qk_norm):
     if position == "rotation" and form == "trilinear":
         pytest.skip("refused, see below")
     made = layer(
-        form=form, position=position, qk_norm=qk_norm, k2_bias=0.0 if position == "rotation" else 0.3, v2_bias=0.7
-    )
+        form=form, position=position, qk_norm=qk_norm, k2_bias=0.0 if position == "rotation" else 0.3, v2_bias=0.7,
+        scale=0.2 if qk_norm else None,
+    )  # fmt: skip
     x, pos = inputs(), positions(9)
     docs = torch.tensor([[0] * 4 + [1] * 5, [-1] * 2 + [0] * 7])
     names = ("q", "k", "v", "k2", "v2")
@@ -50,7 +51,7 @@ def test_layer_is_the_op_on_its_projections(form, position, qk_norm):
             z[n] = ops.apply_rope3(z[n], pos.cos3, pos.sin3)
     out = ops.two_simplicial_attention(
         *(z[n] for n in names), window=(5, 3), form=form, k2_bias=made.k2_bias, v2_bias=0.7, doc_ids=docs,
-        impl="reference",
+        scale=0.2 if qk_norm else None, impl="reference",
     )  # fmt: skip
     torch.testing.assert_close(made(x, pos, doc_ids=docs), out.flatten(2) @ made.o_proj.weight.T, rtol=0, atol=1e-9)
 

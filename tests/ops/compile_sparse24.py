@@ -61,10 +61,10 @@ def launches(arch: str, T: int, F: int, dtype: torch.dtype, layout: str) -> Iter
         dense = empty(DENSE, length, dtype=kind)
         yield "dense" + suffix, triton_transpose.plan_dense(act, some, perm, known, dense, scale, layout)
         rows, scale = empty(MODEL, length, dtype=kind), empty(MODEL) if fp8 else None
-        yield "rows" + suffix, triton_transpose.plan_rows(x, perm, known_x, rows, scale)
+        yield "rows" + suffix, triton_transpose.plan_rows(x, None, perm, known_x, rows, scale)
         if fp8 and in_pairs(arch, torch.bfloat16):
             for by in ("value", "magnitude"):
-                plan = triton_turn.plan(act, to, perm, bits, out.values, out.metadata, out.scale, totals, by, True)
+                plan = triton_turn.plan(act, to, perm, bits, out.values, out.metadata, out.scale, totals, by)
                 yield f"turn_pack_{by}_fp8", plan
         if fp8:
             yield "features_fp8", triton_features.plan_features(act, counts, bits, layout, arch)
@@ -82,18 +82,17 @@ def masked(
     """Those that pack nothing."""
     (T, F), kind, fp8 = y.shape, act.values.dtype, bits is not None
     out, counts, totals = empty(T, F, dtype=kind), empty(F, dtype=torch.int32), empty(2, dtype=torch.int32)
-    whole = Packed(out, empty(0, 0, dtype=torch.uint8), act.scale)
     yield "mask" + suffix, triton_masked.plan_activation(y, out, act.scale, counts, totals, arch)
     yield "mask_gradient" + suffix, triton_masked.plan_gradient(y, out, act.scale, out, act.scale, arch)
     every, scale = empty(F, dtype=torch.uint8), empty(F) if fp8 else None
     thin = empty(F, T, dtype=kind) if fp8 else out
-    for p, layout, name in ((act, "plain", "thin"), (whole, None, "thin_whole")):
-        yield name + suffix, triton_thin.plan(p, every, perm, bits, thin, scale, totals, "magnitude", layout, arch)
-        if fp8 and in_pairs(arch, torch.bfloat16):
-            plan = triton_turn.plan(p, every, perm, bits, thin, None, scale, totals, "magnitude", layout is not None)
-            yield f"turn_{name}_fp8", plan
+    yield "thin" + suffix, triton_thin.plan(act, every, perm, bits, thin, scale, totals, "magnitude", "plain", arch)
+    if fp8 and in_pairs(arch, torch.bfloat16):
+        yield "turn_thin_fp8", triton_turn.plan(act, every, perm, bits, thin, None, scale, totals, "magnitude")
     if fp8:
+        whole = Packed(out, empty(0, 0, dtype=torch.uint8), act.scale)
         yield "features_whole_fp8", triton_features.plan_features(whole, counts, bits, None, arch)
+        yield "turned_whole_fp8", triton_transpose.plan_rows(out, act.scale, perm, bits, thin, scale)
 
 
 def widths(launch: Launch, arch: str) -> dict[str, int]:

@@ -28,6 +28,12 @@ GEOMETRIES = [
     (1, 80, 4, 2, 192, (40, 8), None, None, 2),
     (1, 80, 4, 2, 256, (40, 8), None, None, 0),
     (1, 3, 2, 1, 64, (1, 1), None, None, 0),
+    # groups of 16, 32 and 48 heads: one block of threads or two with shared keys
+    (2, 70, 32, 2, 64, (64, 32), 133, 101, 2),
+    (2, 150, 32, 1, 128, (300, 5), None, None, 3),
+    (1, 200, 48, 1, 128, (100, 20), None, None, 2),
+    (1, 3, 16, 1, 128, (1, 1), None, None, 0),
+    (1, 90, 16, 1, 64, (64, 64), None, None, 2),
 ]
 
 

@@ -40,7 +40,14 @@ def emulated(monkeypatch):
     Memory is NaN until it is written.
     """
     from gluon_emulator import Emulated
-    from sidlm.ops.simplicial import hopper, hopper_backward_keys, hopper_backward_queries, hopper_forward, prepare
+    from sidlm.ops.simplicial import (
+        hopper,
+        hopper_backward_keys,
+        hopper_backward_queries,
+        hopper_forward,
+        hopper_wide,
+        prepare,
+    )
 
     kernels = {
         hopper_forward: "forward_kernel",
@@ -50,6 +57,7 @@ def emulated(monkeypatch):
     for module, name in kernels.items():
         monkeypatch.setattr(module, name, Emulated(getattr(module, name)))
         monkeypatch.setattr(module, "processors", lambda device: 3)
+    monkeypatch.setattr(hopper_wide, "takes", lambda p: False)  # CUDA C++ is not emulated
     monkeypatch.setattr(prepare, "why_not_hopper", lambda device, dtype: None)
     torch.use_deterministic_algorithms(True)
     yield hopper

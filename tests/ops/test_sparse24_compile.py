@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("triton")
 
 PORTABLE = ("pack", "gradient", "transpose_value", "dense", "rows")  # 16 bits: sm_80 has no e4m3, gfx942 another one
-MASKED = ("mask", "mask_gradient", "thin", "thin_whole", "split")
+MASKED = ("mask", "mask_gradient", "thin", "split")
 FP8 = tuple(f"{name}_fp8" for name in (*PORTABLE, *MASKED[:-1], "features", "features_whole", "columns"))
-FP8 += ("turn_pack_value_fp8", "turn_pack_magnitude_fp8", "turn_thin_fp8", "turn_thin_whole_fp8")
+FP8 += ("turn_pack_value_fp8", "turn_pack_magnitude_fp8", "turn_thin_fp8", "turned_whole_fp8")
 FEATURES = 21504
 # for two programs of 8 warps on a multiprocessor; float32 tiles to be turned form one, packing three of 8 or five of 4
 REGISTERS = {"sm_90": 128, "sm_100": 128, "sm_80": 255, "gfx942": 128}
@@ -56,7 +56,7 @@ def test_they_fit(rows):
 def test_targets_and_kernels(rows):
     assert set(of(rows, "sm_90", FEATURES)) == {*PORTABLE, *MASKED, *FP8}
     assert set(of(rows, "sm_80", 2304)) == set(of(rows, "gfx942", 2304)) == {*PORTABLE[:3], *MASKED}
-    assert len(of(rows, "sm_100", 2304)) == 2 and len(rows) == len({*PORTABLE, *MASKED, *FP8}) + 3 + 2 + 2 * 8
+    assert len(of(rows, "sm_100", 2304)) == 2 and len(rows) == len({*PORTABLE, *MASKED, *FP8}) + 3 + 2 + 2 * 7
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_loads_and_stores_are_wide(rows, arch, features):
         if kernel.startswith(("pack", "gradient", "rows", "columns")):
             assert row["ld_128"] >= 2, row
             assert row.get("ld_32", 0) + row.get("ld_64", 0) <= row["ld_128"] + 1, row
-        if kernel.startswith(("transpose", "rows", "dense")):
+        if kernel.startswith(("transpose", "rows", "dense", "turned")):
             assert row["st_128"] >= 1 and row.get("st_64", 0) == row.get("st_8", 0) == 0, row
         if kernel in ("pack", "gradient"):
             assert row["st_64"] == row["ld_128"] and "st_32" not in row, row

@@ -151,7 +151,7 @@ def test_more_than_2_31_elements(fp8):
 
 def check_masked(y1, dy2, fp8):
     """What runs for few tokens: nothing packed, or packed and the weights' gradients dense."""
-    T = len(y1)
+    T, F = y1.shape
     act, counts, _ = activation(y1, fp8)
     dact = gradient(dy2, act, fp8)
     dense_act, dense_dact = (dense_values(p) for p in (act, dact))
@@ -169,22 +169,25 @@ def check_masked(y1, dy2, fp8):
     for p, dense, by in ((act, dense_act, "value"), (dact, dense_dact, "magnitude")):
         want, totals = transposed(p, split.sparse, perm, length, by, fp8)
         rest, rest_scale = rounded(columns(unpack(p), split.dense, perm, length), y1.dtype, fp8)
-        for given, layout in ((p, "plain"), (p._replace(values=dense, metadata=none), None)):
-            bits = None
-            if fp8:
+        bits = None
+        if fp8:
+            whole = p._replace(values=dense, metadata=none)
+            for given, layout in ((p, "plain"), (whole, None)):
                 found, bits = triton_features.of_features(given, layout, count=by == "value")
                 assert by == "magnitude" or torch.equal(found, counts)
-            out, scale, found = triton_thin.thinned(given, split.is_dense, perm, by, layout, bits)
-            assert torch.equal(found, totals)
-            kept = unpack(want._replace(values=want.values.float(), scale=None))
-            if fp8:
-                assert torch.equal(scale[split.sparse], want.scale) and torch.equal(scale[split.dense], rest_scale)
-                assert torch.equal(out[split.dense].float(), rest.float())
-                assert torch.equal(out[split.sparse].float(), kept)
-            else:
-                turned = out[perm].T.float()
-                assert torch.equal(turned[split.sparse], kept[:, :T])
-                assert torch.equal(turned[split.dense], rest[:, :T].float())
+            turned = triton_transpose.transpose_rows(dense, perm, length, True, p.scale, bits)
+            same(turned, rounded(columns(unpack(p), torch.arange(F).cuda(), perm, length), y1.dtype, True), "turned")
+        out, scale, found = triton_thin.thinned(p, split.is_dense, perm, by, bits=bits)
+        assert torch.equal(found, totals)
+        kept = unpack(want._replace(values=want.values.float(), scale=None))
+        if fp8:
+            assert torch.equal(scale[split.sparse], want.scale) and torch.equal(scale[split.dense], rest_scale)
+            assert torch.equal(out[split.dense].float(), rest.float())
+            assert torch.equal(out[split.sparse].float(), kept)
+        else:
+            turned = out[perm].T.float()
+            assert torch.equal(turned[split.sparse], kept[:, :T])
+            assert torch.equal(turned[split.dense], rest[:, :T].float())
 
 
 @pytest.mark.parametrize("fp8", [False, True])

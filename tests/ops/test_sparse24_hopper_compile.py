@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
 from sidlm.ops import nvrtc
-from sidlm.ops.sparse24.hopper_product import PACKING, SHAPES, Variant
+from sidlm.ops.sparse24.hopper_product import FEW, PACKING, SHAPES, Variant
 
 SHAPE = [{"bn": bn, "blocks": blocks} for bn, blocks in SHAPES]
 VARIANTS = {
@@ -21,12 +21,14 @@ VARIANTS = {
     **{f"bf16 turned {s['bn']}": Variant(True, 2, turned=True, **s) for s in SHAPE},
     "fp16": Variant(True, 2, fp16=True),
     "packing": PACKING,
+    "few": FEW,
 }
 INSTRUCTION = {
     "e4m3": r"QGMMA\.SP\.64x256x64\.F32\.E4M3\.E4M3",
     "bf16": r"HGMMA\.SP\.64x(256|192)x32\.F32\.BF16",
     "fp16": r"HGMMA\.SP\.64x256x32\.F32 ",
     "packing": r"HGMMA\.64x192x16\.F32\.BF16",
+    "few": r"QGMMA\.64x192x32\.F32\.E4M3\.E4M3",
 }
 SHARED = 227 << 10  # of a block on sm_90
 STACK = 16  # bytes of a thread that may be spilled: of the largest tile, where a result leaves

@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from sidlm import ops
 from sidlm.models import SidConfig, SidForCausalLM
-from sidlm.parallel.config import ParallelConfig
+from sidlm.parallel.config import ParallelConfig, PipelineConfig
 from sidlm.parallel.loss import vocab_parallel_cross_entropy
 from sidlm.parallel.mesh import batch_share, build_mesh, sum_over_rows, sum_over_tokens
+from sidlm.parallel.pipeline import Pipeline
 from sidlm.parallel.shard import ShardConfig, parallelize
 from sidlm.parallel.tensor import apply_tensor_parallel
 from sidlm.train.config import OptimConfig
@@ -79,20 +80,29 @@ def whole_of(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-def train(model: SidForCausalLM, share: tuple[int, int], mesh: DeviceMesh | None) -> dict[str, Tensor]:
-    """Loss, gradients and their norm of the first of two AdamW steps, and the weights after the second."""
+def train(
+    model: SidForCausalLM, share: tuple[int, int], mesh: DeviceMesh | None, pipeline: Pipeline | None = None,
+    micro_batch_size: int = 1,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Loss, gradients and their norm of the first of two AdamW steps, and the weights after the second.
+
+    Of pipeline stages only what this process holds.
+    """
     optimizer = make_optimizer(model, OptimConfig(lr=0.01, clip_norm=0.5))
     found: dict[str, Tensor] = {}
     for step in range(2):
         rows = {name: x.chunk(share[1])[share[0]] for name, x in batch(step).items()}
         labelled = (rows["shift_labels"] >= 0).sum()
         labelled = labelled if mesh is None else sum_over_rows(labelled, mesh)
-        loss = model(**rows, num_items_in_batch=labelled, use_cache=False).loss
-        loss.backward()
+        if pipeline is None:
+            loss = model(**rows, num_items_in_batch=labelled, use_cache=False).loss
+            loss.backward()
+        else:
+            loss = pipeline.step(rows, num_items=labelled, micro_batch_size=micro_batch_size)
         if step == 0:
             found["loss"] = loss.detach() if mesh is None else sum_over_tokens(loss, mesh)
             found |= {f"grad {name}": whole_of(p.grad) for name, p in model.named_parameters()}
-        norm = clip_gradients(model.parameters(), 0.5)
+        norm = clip_gradients(model.parameters(), 0.5, pipeline)
         found.setdefault("norm", whole_of(norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -115,12 +125,17 @@ def tensor_parallel(name: str, ways: int, **settings: bool) -> dict[str, Tensor]
     return train(model, (0, 1), None)
 
 
-def planned(name: str, sizes: dict[str, int], **settings: Any) -> dict[str, Tensor]:
-    """`parallelize` over all processes."""
+def planned(name: str, sizes: dict[str, int], *, rows: int = 1, **settings: Any) -> dict[str, Tensor]:
+    """`parallelize` over all processes. rows: of a micro-batch, with pipeline stages."""
     mesh = build_mesh(ParallelConfig(**sizes), "cpu")
     model = build(name)
-    parallelize(model, mesh, ShardConfig(**({"precision": "fp32"} | settings)))
-    return train(model, batch_share(mesh), mesh)
+    pipeline = parallelize(model, mesh, ShardConfig(**({"precision": "fp32"} | settings)))
+    return train(model, batch_share(mesh), mesh, pipeline, rows)
+
+
+def staged(name: str, sizes: dict[str, int], *, rows: int = 1, **pipeline: Any) -> dict[str, Tensor]:
+    """The same with settings of the pipeline."""
+    return planned(name, sizes, rows=rows, pipeline=PipelineConfig(**pipeline))
 
 
 def compiled(name: str, sizes: dict[str, int], **settings: Any) -> dict[str, Tensor]:
@@ -135,12 +150,12 @@ def from_meta(name: str, sizes: dict[str, int]) -> dict[str, Tensor]:
     weights = build(name).state_dict()
     with torch.device("meta"):
         model = SidForCausalLM(config_of(name)).double().train()
-    parallelize(model, mesh, ShardConfig(precision="fp32", checkpoint_activations=True))
+    pipeline = parallelize(model, mesh, ShardConfig(precision="fp32", recompute="blocks"))
     model.to_empty(device="cpu")
     with torch.no_grad():
         for key, x in model.state_dict().items():
             x.copy_(distribute_tensor(weights[key], x.device_mesh, x.placements, src_data_rank=None))
-    return train(model, batch_share(mesh), mesh)
+    return train(model, batch_share(mesh), mesh, pipeline)
 
 
 def half_precision() -> dict[str, tuple[float, float]]:
@@ -190,16 +205,25 @@ CASES = {
         "determinant", 2, sequence_parallel=False, loss_parallel=False
     ),
     "tp2 sparse": lambda: tensor_parallel("sparse", 2),
-    "fsdp4 determinant, recomputed": lambda: planned("determinant", {}, checkpoint_activations=True),
+    "fsdp4 determinant, recomputed": lambda: planned("determinant", {}, recompute="blocks"),
     "hsdp 2x2 tied": lambda: planned("tied", {"dp_replicate": 2}),
     "tp2 x fsdp2 tied": lambda: planned("tied", {"tp": 2}),
     "tp2 x fsdp2 trilinear, from meta, recomputed": lambda: from_meta("trilinear", {"tp": 2}),
     "tp2 x replicate2 llama": lambda: planned("llama", {"tp": 2, "dp_replicate": 2}),
     "cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2}, reshard_after_forward=True),
     "cp2 x tp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}),
+    "cp2 x tp2 llama, cheap recomputation": lambda: planned("llama", {"cp": 2, "tp": 2}, recompute="cheap"),
     "cp2 x tp2 determinant, whole stream": lambda: planned("determinant", {"cp": 2, "tp": 2}, sequence_parallel=False),
+    "pp2 x fsdp2 tied, interleaved": lambda: staged("tied", {"pp": 2}, virtual_stages=2),
+    "pp2 x tp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
+    "pp4 determinant, gpipe": lambda: staged("determinant", {"pp": 4}, schedule="gpipe"),
+    "ep2 x fsdp2 experts": lambda: planned("experts", {}, ep=2),
 }
 MORE = {
+    "ep4 experts": lambda: planned("experts", {}, ep=4),
+    "ep2 x replicate2 experts": lambda: planned("experts", {"dp_replicate": 2}, ep=2),
+    "ep2 x pp2 experts": lambda: planned("experts", {"pp": 2}, ep=2),
+    "ep4 x cp2 experts, recomputed": lambda: planned("experts", {"cp": 2}, ep=4, recompute="blocks"),
     "tp4 tied": lambda: tensor_parallel("tied", 4),
     "tp4 sparse, whole stream": lambda: tensor_parallel("sparse", 4, sequence_parallel=False),
     "fsdp4 llama": lambda: planned("llama", {}),
@@ -211,15 +235,36 @@ MORE = {
     "cp2 x fsdp2 experts": lambda: planned("experts", {"cp": 2}),
     "cp2 x replicate2 determinant": lambda: planned("determinant", {"cp": 2, "dp_replicate": 2}),
     "cp4 llama": lambda: planned("llama", {"cp": 4}),
-    "cp2 x tp2 tied, recomputed": lambda: planned("tied", {"cp": 2, "tp": 2}, checkpoint_activations=True),
+    "cp2 x tp2 tied, recomputed": lambda: planned("tied", {"cp": 2, "tp": 2}, recompute="blocks"),
     "tp2 x fsdp2 llama, compiled": lambda: compiled("llama", {"tp": 2}),
-    "cp2 x tp2 trilinear, compiled and recomputed": lambda: compiled(
-        "trilinear", {"cp": 2, "tp": 2}, checkpoint_activations=True
+    "cp2 x fsdp2 experts, cheap recomputation": lambda: planned("experts", {"cp": 2}, recompute="cheap"),
+    "cp2 x tp2 trilinear, cheap recomputation, compiled": lambda: compiled(
+        "trilinear", {"cp": 2, "tp": 2}, recompute="cheap"
     ),
+    "cp2 x tp2 trilinear, compiled and recomputed": lambda: compiled(
+        "trilinear", {"cp": 2, "tp": 2}, recompute="blocks"
+    ),
+    "pp2 x fsdp2 trilinear": lambda: staged("trilinear", {"pp": 2}, rows=2),
+    "pp2 x cp2 trilinear": lambda: staged("trilinear", {"pp": 2, "cp": 2}),
+    "pp2 x replicate2 llama, gpipe interleaved": lambda: staged(
+        "llama", {"pp": 2, "dp_replicate": 2}, schedule="gpipe", virtual_stages=2
+    ),
+    "pp4 llama": lambda: staged("llama", {"pp": 4}),
+    "pp4 tied": lambda: staged("tied", {"pp": 4}),
+    "pp2 x tp2 tied, breadth first": lambda: staged("tied", {"pp": 2, "tp": 2}, virtual_stages=2, contiguous=4),
+    "pp2 x fsdp2 tied, from meta, recomputed": lambda: from_meta("tied", {"pp": 2}),
+    "pp2 x fsdp2 experts": lambda: staged("experts", {"pp": 2}),
 }
 EIGHT = {
+    "ep4 x cp2 experts": lambda: planned("experts", {"cp": 2}, ep=4),
+    "ep2 x cp2 x pp2 experts": lambda: planned("experts", {"cp": 2, "pp": 2}, ep=2),
+    "pp2 x tp2 x fsdp2 llama": lambda: staged("llama", {"pp": 2, "tp": 2}, virtual_stages=2),
+    "pp2 x tp2 x fsdp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
+    "pp2 x cp2 x fsdp2 llama": lambda: staged("llama", {"pp": 2, "cp": 2}),
+    "pp2 x cp2 x fsdp2 determinant": lambda: staged("determinant", {"pp": 2, "cp": 2}),
+    "pp2 x tp2 x cp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2, "cp": 2}, schedule="gpipe"),
     "tp2 x cp2 x fsdp2 llama": lambda: planned("llama", {"cp": 2, "tp": 2}),
-    "tp2 x cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}, checkpoint_activations=True),
+    "tp2 x cp2 x fsdp2 trilinear": lambda: planned("trilinear", {"cp": 2, "tp": 2}, recompute="cheap"),
     "tp2 x cp2 x replicate2 determinant": lambda: planned("determinant", {"cp": 2, "tp": 2, "dp_replicate": 2}),
     "tp2 x fsdp2 x replicate2 tied": lambda: planned("tied", {"tp": 2, "dp_replicate": 2}),
     "cp2 x fsdp2 x replicate2 trilinear": lambda: planned("trilinear", {"cp": 2, "dp_replicate": 2}),
@@ -233,8 +278,10 @@ def main(rank: int, folder: Path) -> None:
     for case, compute in cases.items():
         found = compute()
         expected = alone(next(name for name in MODELS if name in case))
-        assert found.keys() == expected.keys(), case
-        errors[case] = {name: relative(found[name], x) for name, x in expected.items()}
+        names: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(names, list(found))
+        assert set().union(*names) == expected.keys(), case  # of stages each process has some
+        errors[case] = {name: relative(found[name], x) for name, x in expected.items() if name in found}
     half = {}
     if cases is CASES:
         errors |= {f"loss of {rows} rows": loss_of_rows(rows) for rows in (131, 5)}
@@ -242,7 +289,14 @@ def main(rank: int, folder: Path) -> None:
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, (errors, half))
     if rank == 0:
-        worst = {case: {name: max(e[case][name] for e, _ in gathered) for name in errors[case]} for case in errors}
+        worst = {
+            case: {
+                name: max(e[case][name] for e, _ in gathered if name in e[case])
+                for e, _ in gathered
+                for name in e[case]
+            }
+            for case in errors
+        }
         results = {"errors": worst, "half": [x for _, x in gathered]}
         (folder / "results.json").write_text(json.dumps(results))
 
@@ -250,4 +304,4 @@ def main(rank: int, folder: Path) -> None:
 if __name__ == "__main__":
     for model in MODELS:
         alone(model)  # before the fork, so that it is done once
-    sys.exit(run(main, 8 if sys.argv[2:] == ["eight"] else RANKS, Path(sys.argv[1])))
+    sys.exit(run(main, 8 if sys.argv[2:] == ["eight"] else RANKS, Path(sys.argv[1]), seconds=280.0))

@@ -27,7 +27,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
 
 
 def test_loss_gradients_norm_and_weights_after_two_steps_are_those_of_one_process(results):
-    assert len(results["errors"]) == 14
+    assert len(results["errors"]) == 19
     for case, errors in results["errors"].items():
         for name, error in errors.items():
             assert error <= TOLERANCE, f"{case}: {name}"

@@ -28,10 +28,27 @@ MESHES = {
     "fsdp4": {"train.micro_batch_size": 1},
     "tp2-dp2": {"parallel.tp": 2},
     "resumed-on-tp2-cp2": {"parallel.tp": 2, "parallel.cp": 2},
+    "pp2-dp2": {"parallel.pp": 2, "train.micro_batch_size": 2},
+    "experts-ep2-pp2": {"parallel.pp": 2, "parallel.ep": 2},
+    "resumed-on-pp4": {"parallel.pp": 4, "parallel.pipeline.schedule": "gpipe"},
 }
+EXPERTS = {
+    "model.set": [*SIZES["model.set"], "num_local_experts=4", "num_experts_per_tok=2", "moe_intermediate_size=32"]
+}
+RESUMED = {"tp2-dp2": "resumed-on-one", "pp2-dp2": "pp2-dp2-resumed-on-one"}
+"""From a run on a mesh to what goes on in one process"""
 MISTAKES = {
+    "experts": ({"parallel.ep": 2}, "expert parallelism (ep 2) of a model without experts: num_local_experts is 0"),
+    "ep": (
+        {"parallel.ep": 3},
+        "parallel.ep (3) does not divide dp_shard 4 x cp 1 = 4, the processes among which experts",
+    ),
     "mesh": ({"parallel.tp": 3}, "dp_replicate 1 x pp 1 x cp 1 x tp 3 = 3, which does not divide the 4 processes"),
     "heads": ({"parallel.tp": 4}, "num_key_value_heads (2) does not divide by tp (4)"),
+    "stages": (
+        {"parallel.pp": 4, "parallel.pipeline.virtual_stages": 2},
+        "8 pipeline stages are more than the 2 layers",
+    ),
 }
 
 
@@ -49,25 +66,30 @@ def runs(tmp_path_factory, argv):
     place = tmp_path_factory.mktemp("runs")
 
     def line(name, **changes):
-        return argv(place / name, **SIZES | CHANGES | changes)
+        return argv(place / name, **SIZES | CHANGES | (EXPERTS if name.startswith("experts-") else {}) | changes)
 
     assert main(line("one")) == 0
-    stop_at(place / "one", place / "resumed-on-tp2-cp2", 2)
+    assert main(line("experts-one")) == 0
+    for name in MESHES:
+        if name.startswith("resumed"):
+            stop_at(place / "one", place / name, 2)
     commands = [(name, ["train", *line(name, **changes)]) for name, changes in MESHES.items()]
     commands += [(name, ["train", *line(name, **changes)]) for name, (changes, _) in MISTAKES.items()]
     commands += [("key", ["train", *line("key"), "--train.betch_size", "8"])]
     program = [sys.executable, PROGRAM, place]
     done = subprocess.run(program, input=json.dumps(commands), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    stop_at(place / "tp2-dp2", place / "resumed-on-one", 2)
-    assert main(line("resumed-on-one")) == 0
+    for source, name in RESUMED.items():
+        stop_at(place / source, place / name, 2)
+        assert main(line(name)) == 0
     return place, json.loads((place / "statuses.json").read_text())
 
 
-@pytest.mark.parametrize("name", [*MESHES, "resumed-on-one"])
+@pytest.mark.parametrize("name", [*MESHES, *RESUMED.values()])
 def test_the_run_is_that_of_one_process(runs, name):
     place, _ = runs
-    expected, found = (read_json_lines(place / run / "metrics.jsonl") for run in ("one", name))
+    one = "experts-one" if name.startswith("experts-") else "one"
+    expected, found = (read_json_lines(place / run / "metrics.jsonl") for run in (one, name))
     assert [r["tokens"] for r in found] == [r["tokens"] for r in expected] == [256, 512, 768, 1024]
     for a, b in zip(expected, found, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
@@ -75,7 +97,7 @@ def test_the_run_is_that_of_one_process(runs, name):
         assert ("valid" in a) == ("valid" in b)
         if "valid" in a:
             assert b["valid"]["all"] == pytest.approx(a["valid"]["all"], rel=1e-6)
-    expected, found = (load_file(place / run / "model/model.safetensors") for run in ("one", name))
+    expected, found = (load_file(place / run / "model/model.safetensors") for run in (one, name))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
@@ -90,7 +112,7 @@ def test_one_process_writes(runs, name):
         assert (place / f"{name}.{rank}.out").read_text() == ""
     assert "suboptimal" not in (place / f"{name}.1.err").read_text()
     facts = json.loads((place / name / "environment.json").read_text())
-    assert facts["processes"] == 4 and facts["mesh"]["pp"] == 1
+    assert facts["processes"] == 4 and facts["mesh"]["pp"] == MESHES[name].get("parallel.pp", 1)
 
 
 @pytest.mark.parametrize("name", [*MISTAKES, "key"])
@@ -110,7 +132,10 @@ def test_a_mistake_is_one_line_of_the_first_process(runs, name):
         ({"train.batch_size": 6}, "train.batch_size=6 does not divide by the 4 groups of processes that read rows"),
         ({"parallel.tp": 4, "data.seq_len": 30}, r"data.seq_len=30 does not divide by 4 \(tp 4\)"),
         ({"parallel.cp": 2, "parallel.tp": 2, "data.seq_len": 36}, r"data.seq_len=36 does not divide by 8 \(2 x cp 2"),
-        ({"parallel.pp": 2}, "parallel.pp is 2, but sid train does not know pipeline stages yet"),
+        (
+            {"parallel.pp": 2, "train.micro_batch_size": 8},
+            r"micro_batch_size=8 does not divide the 4 rows of a process \(train.batch_size 8 / 2\)",
+        ),
     ],
 )
 def test_a_batch_that_cannot_be_spread(tmp_path, config, monkeypatch, changes, message):

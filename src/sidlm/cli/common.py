@@ -108,8 +108,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def load_model(folder: Path, device: torch.device, tokenizer: Tokenizer) -> SidForCausalLM:
     """The model in ``folder``, in the dtype it was saved in, in eval mode on ``device``.
 
-    Raises SidError if weights are missing, have another shape than config.json says, or if the tokenizer has more
-    tokens than the model: transformers would go on with random numbers in the first two cases.
+    Raises SidError if weights are missing, pickled, have another shape than config.json says, or if the tokenizer has
+    more tokens than the model: transformers would go on with random numbers in the first and the third case.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -124,6 +124,9 @@ def load_model(folder: Path, device: torch.device, tokenizer: Tokenizer) -> SidF
     except (ValueError, OSError, StrictDataclassError) as error:
         raise SidError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     check_vocab(tokenizer, config.vocab_size)
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise SidError(f"{folder}: {pickled[0]} is a pickle, which is not read: save it as safetensors first")
     try:
         loaded: Any = SidForCausalLM.from_pretrained(
             folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True

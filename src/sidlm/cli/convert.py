@@ -175,5 +175,5 @@ def main(argv: list[str]) -> int:
             before, after = text_loss(reference, rows), text_loss(open_checkpoint(temporary), rows)
             print(f"loss on held-out text: {before:.4f} -> {after:.4f} nats per token")
     print(report.check)
-    print(f"{out}: {args.to}, {report.parameters:,} parameters, {report.nbytes / 1e9:.2f} GB")
+    print(f"{out}: {args.to}, {report.parameters:,} parameters, {report.nbytes / 1e6:,.1f} MB")
     return 0

@@ -64,6 +64,19 @@ def harness(args: Any, model: SidForCausalLM) -> dict[str, Any]:
     return {name: dataclasses.asdict(part) for name, part in found.items()}
 
 
+def haystacks(lengths: list[int], model: SidForCausalLM, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
+    """Looks for needles at each length and shows how many were found; {length: {"recall": ..., by depth}}."""
+    from sidlm.evaluate.needle import needle_recall, needles, predictor
+
+    report = {}
+    for length in lengths:
+        report[str(length)] = found = needle_recall(predictor(model), needles(tokenizer, length))
+        print(
+            f"needle in {length:,} tokens: " + ", ".join(f"{name} {100 * share:.0f}%" for name, share in found.items())
+        )
+    return report
+
+
 def quantize(args: Any, model: SidForCausalLM) -> dict[str, Any]:
     """Quantises the model in place and, if asked, compares the rewards of its answers; gives a JSON report."""
     from sidlm.nn.quantize import quantize_feed_forward
@@ -140,6 +153,10 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="FILE", help=".jsonl or .jsonl.zst files of questions"
     )
+    parser.add_argument(
+        "--needle", nargs="+", type=number(int, 1), default=[], metavar="LENGTH",
+        help="needles in haystacks of so many tokens: the share that the model reads",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="OUT", help="also write the result to this file")
     parser.add_argument(
         "--seq-len",
@@ -191,13 +208,15 @@ def main(argv: list[str]) -> int:
     seq_len = args.seq_len or (run.data.seq_len if run else limit)
     if seq_len > limit:
         raise SidError(f"--seq-len {seq_len} exceeds the model's {limit} positions")
+    if max(args.needle, default=0) > limit:
+        raise SidError(f"--needle {max(args.needle)} exceeds the model's {limit} positions")
     report: dict[str, Any] = {"model": args.model, "seq_len": seq_len}
 
     def likelihood() -> dict[str, DomainNLL]:
         text = documents(cfg) if args.data else held_out(run, tokenizer)
         return bits_per_byte(model, tokenizer, text, seq_len=seq_len, batch_size=args.batch_size)
 
-    reads = args.data or not (tasks or args.harness or args.reward)
+    reads = args.data or not (tasks or args.harness or args.reward or args.needle)
     former = likelihood() if args.quantize and reads else None
     if args.quantize:
         report["quantized"] = quantize(args, model)
@@ -215,6 +234,8 @@ def main(argv: list[str]) -> int:
         }
         report["tasks"] = {file: dataclasses.asdict(part) for file, part in scores.items()}
         show_tasks(scores)
+    if args.needle:
+        report["needle"] = haystacks(args.needle, model, tokenizer)
     if args.harness:
         report["harness"] = harness(args, model)
     if args.json:

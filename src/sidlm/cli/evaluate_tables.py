@@ -78,7 +78,7 @@ def show_harness(results: dict[str, HarnessResult]) -> None:
             name,
             f"{part.questions:,}",
             "" if part.shots is None else str(part.shots),
-            "" if part.nll is None else f"{part.nll:.3f} ± {part.nll_ci95:.3f}",
+            "" if part.nll is None else f"{part.nll:.2f} ± {part.nll_ci95:.2f}",
             "" if part.nll_per_byte is None else f"{part.nll_per_byte:.4f}",
             "\n".join(metrics),
         )

@@ -15,9 +15,11 @@ from sidlm.errors import SidError
 # command -> (module, what it does); the modules are imported only when asked for, so that help is instant
 COMMANDS = {
     "demo": ("sidlm.cli.demo", "train, evaluate and sample a tiny model here, in minutes, with no download"),
+    "plan": ("sidlm.cli.plan", "memory, speed and the best mesh of a run on GPUs that need not be there"),
     "train": ("sidlm.cli.train", "train a model from a config and your own data"),
     "tokenizer": ("sidlm.cli.tokenizer", "train a tokenizer on your text"),
     "evaluate": ("sidlm.cli.evaluate", "bits per byte on held-out text, likelihood of answers on tasks"),
+    "scaling": ("sidlm.cli.scaling", "scaling laws: run a grid of cells, fit, compare, forecast, plan"),
     "generate": ("sidlm.cli.generate", "continue a prompt"),
     "chat": ("sidlm.cli.chat", "talk to a model, or continue text in a loop"),
     "serve": ("sidlm.cli.serve", "an OpenAI-compatible server over a model"),

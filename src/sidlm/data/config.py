@@ -22,7 +22,7 @@ class DataConfig:
     """
 
     train: tuple[str, ...] = ("embedded",)
-    """Training sources, each PATH or PATH=WEIGHT."""
+    """Training sources, each PATH or PATH=WEIGHT; one of weight 0 is read when recipe.mix gives it one."""
 
     valid: tuple[str, ...] = ()
     """Validation sources, used whole. Empty: hold out valid_fraction of the training documents instead."""
@@ -71,6 +71,8 @@ class DataConfig:
         if any(w is None for w in weights) and any(w is not None for w in weights):
             bare = self.train[weights.index(None)]
             raise ValueError(f"data.train: {bare!r} has no weight but others have; give every source a weight, or none")
+        if weights[0] is not None and not any(weights):
+            raise ValueError("data.train: every weight is 0, so there is nothing to read")
         for source in self.valid:
             if parse_source(source).weight is not None:
                 raise ValueError(
@@ -100,8 +102,8 @@ def parse_source(text: str) -> Source:
         except ValueError:
             weight = None
         if weight is not None:
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"data source {text!r}: the weight must be a positive number, got {tail}")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"data source {text!r}: the weight must be a number from 0 on, got {tail}")
             if not path:
                 raise ValueError(f"data source {text!r} has no path before the weight")
             return Source(path, weight)

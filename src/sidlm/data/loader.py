@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,10 @@ class Batch:
     def __getitem__(self, rows: slice) -> Batch:
         return Batch(self.tokens[rows], self.labels[rows], self.positions[rows], self.doc_ids[rows])
 
+    def pinned(self) -> Batch:
+        """A copy in memory that a GPU reads while the CPU goes on."""
+        return Batch(*(t.pin_memory() for t in (self.tokens, self.labels, self.positions, self.doc_ids)))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         fields = (self.tokens, self.labels, self.positions, self.doc_ids)
         return Batch(*(field.to(device, non_blocking=non_blocking) for field in fields))
@@ -66,6 +71,7 @@ class TrainDataset:
         if len(streams) != len(weights):
             raise ValueError(f"{len(streams)} streams but {len(weights)} weights")
         self.streams = tuple(streams)
+        self.offsets = [0] * len(self.streams)
         self.mixture = Mixture(weights)
         self.seq_len = seq_len
         self.tokens_by_source = tokens_by_source or {}
@@ -73,6 +79,16 @@ class TrainDataset:
         self.fingerprint = fingerprint
         self.num_tokens = sum(stream.num_tokens for stream in streams)
         self.num_documents = sum(stream.num_documents for stream in streams)
+
+    def part(self, seq_len: int, weights: Sequence[float] | None, offsets: Sequence[int]) -> TrainDataset:
+        """The same documents in rows of another length or by other weights, from these positions of the streams on."""
+        other = copy.copy(self)
+        other.seq_len, other.offsets = seq_len, list(offsets)
+        if weights is not None:
+            if len(weights) != len(self.streams):
+                raise ValueError(f"{len(self.streams)} streams but {len(weights)} weights")
+            other.mixture = Mixture(weights)
+        return other
 
     def batch(self, samples: Ints, seed: int) -> Batch:
         """The samples (n,) as a Batch of n rows. Raises ValueError for a negative sample."""
@@ -83,7 +99,9 @@ class TrainDataset:
         segments = np.empty_like(tokens)
         for source in np.unique(sources):
             here = sources == source
-            tokens[here], segments[here] = self.streams[source].rows(rows[here], self.seq_len, seed)
+            tokens[here], segments[here] = self.streams[source].rows(
+                rows[here], self.seq_len, seed, self.offsets[source]
+            )
         return Batch(*map(torch.from_numpy, pack(tokens, segments)))
 
 

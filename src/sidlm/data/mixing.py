@@ -19,21 +19,23 @@ Ints = NDArray[np.int64]
 
 
 def block_counts(weights: Sequence[float]) -> Ints:
-    """Samples of each source in a block: the weights in whole numbers by largest remainder, at least one each.
+    """Samples of each source in a block: the weights in whole numbers by largest remainder, at least one each that has
+    a weight above 0.
 
     The block grows for small weights so that the smallest share stays accurate, up to 2**20 samples.
     """
-    if not weights or any(not math.isfinite(w) or w <= 0 for w in weights):
-        raise ValueError(f"mixing weights must be positive numbers, got {list(weights)}")
+    if not weights or any(not math.isfinite(w) or w < 0 for w in weights) or not any(weights):
+        raise ValueError(f"mixing weights must be numbers from 0 on, and not all 0, got {list(weights)}")
     if len(weights) > MAX_BLOCK:
         raise ValueError(f"cannot mix {len(weights)} sources, at most {MAX_BLOCK}")
     share = np.asarray(weights, np.float64) / math.fsum(weights)
-    block = min(MAX_BLOCK, max(MIN_BLOCK, 2 ** math.ceil(math.log2(64 / float(share.min())))))
+    block = min(MAX_BLOCK, max(MIN_BLOCK, 2 ** math.ceil(math.log2(64 / float(share[share > 0].min())))))
     exact = share * block
-    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    counts = np.maximum(np.floor(exact).astype(np.int64), (share > 0).astype(np.int64))
     missing = block - int(counts.sum())
     if missing > 0:
-        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+        behind = np.where(share > 0, counts - exact, np.inf)
+        counts[np.argsort(behind, kind="stable")[:missing]] += 1
     while missing < 0:  # the ones raised to 1 are paid for by the largest
         largest = int(np.argmax(counts))
         counts[largest] -= 1
@@ -61,6 +63,14 @@ class Mixture:
             sources[here] = source[places[here]]
             rows[here] = block * self.counts[sources[here]] + rank[places[here]]
         return sources, rows
+
+    def rows_before(self, samples: int, seed: int) -> list[int]:
+        """How many of the first `samples` samples each source has."""
+        blocks, rest = divmod(samples, self.block)
+        counts = blocks * self.counts
+        if rest:
+            counts = counts + np.bincount(self._deal(seed, blocks)[0][:rest], minlength=len(counts))
+        return counts.tolist()
 
     def _deal(self, seed: int, block: int) -> tuple[Ints, Ints]:
         key = (seed, block)

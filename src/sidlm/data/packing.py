@@ -86,18 +86,21 @@ class TokenStream:
         self.num_documents = len(starts)
         self._epochs: OrderedDict[tuple[int, int], tuple[Ints, Ints]] = OrderedDict()
 
-    def rows(self, row_ids: Ints, seq_len: int, seed: int) -> tuple[Ints, Ints]:
-        """Tokens (n, seq_len + 1) of the rows (n,), and segment numbers alike that change at each document."""
-        line = row_ids[:, None] * seq_len + np.arange(seq_len + 1, dtype=np.int64)
+    def rows(self, row_ids: Ints, seq_len: int, seed: int, offset: int = 0) -> tuple[Ints, Ints]:
+        """Tokens (n, seq_len + 1) of the rows (n,), and segment numbers alike that change at each document.
+
+        offset: position of the endless line at which row 0 begins.
+        """
+        line = row_ids[:, None] * seq_len + np.arange(offset, offset + seq_len + 1, dtype=np.int64)
         epochs, offsets = np.divmod(line, self.num_tokens)
         addresses, segments = np.empty_like(line), np.empty_like(line)
         for epoch in np.unique(epochs):
             order, ends = self._epoch(seed, int(epoch))
             here = epochs == epoch
-            offset = offsets[here]
-            place = np.searchsorted(ends, offset, side="right")
+            within = offsets[here]
+            place = np.searchsorted(ends, within, side="right")
             document = order[place]
-            addresses[here] = self.starts[document] + offset - (ends[place] - self.lengths[document])
+            addresses[here] = self.starts[document] + within - (ends[place] - self.lengths[document])
             segments[here] = epoch * self.num_documents + place
         return self.store.gather(addresses), segments
 

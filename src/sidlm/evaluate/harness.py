@@ -86,6 +86,8 @@ def evaluate_harness(
     if not tasks:
         raise SidError("no tasks for the harness")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # it asks git about the working folder, which complains on stderr where that is no repository; unused here
+    evaluator.get_git_commit_hash = lambda: None
     datasets.disable_progress_bars()
     harness_model = HarnessModel(model, tokenizer, batch_size, max_len or model.config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as folder:

@@ -94,6 +94,8 @@ class SidConfig(PreTrainedConfig):
     """logit of a pair: trilinear or determinant"""
     simplicial_position: str = "rope"
     """positions in simplicial layers: rope, none, or rotation (determinant form only)"""
+    simplicial_scale: float | None = None
+    """factor of the logits in simplicial layers (None: 1/sqrt(head_dim))"""
     simplicial_qk_norm: bool = True
     """RMS norm of each head of q, k and k2 in simplicial layers"""
     simplicial_k2_bias: float | int = 1.0
@@ -189,6 +191,8 @@ class SidConfig(PreTrainedConfig):
             raise ValueError(f"simplicial_window must be two positive numbers (w1, w2), got {self.simplicial_window}")
         if self.simplicial_form not in SIMPLICIAL_FORMS:
             raise ValueError(f"simplicial_form must be one of {SIMPLICIAL_FORMS}, got {self.simplicial_form!r}")
+        if self.simplicial_scale is not None and self.simplicial_scale <= 0:
+            raise ValueError(f"simplicial_scale must be above 0, got {self.simplicial_scale}")
         check_position(self.simplicial_position, self.simplicial_form, self.simplicial_k2_bias)
 
     def validate_layer_type(self) -> None:

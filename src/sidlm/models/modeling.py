@@ -40,6 +40,7 @@ def mixer(config: SidConfig, layer_idx: int) -> nn.Module:
             window=(config.simplicial_window[0], config.simplicial_window[1]),
             form=config.simplicial_form,
             position=config.simplicial_position,
+            scale=config.simplicial_scale,
             qk_norm=config.simplicial_qk_norm,
             norm_eps=config.rms_norm_eps,
             k2_bias=config.simplicial_k2_bias,
@@ -188,6 +189,8 @@ class SidModel(SidPreTrainedModel):
         """
         self._check_request(input_ids, inputs_embeds, output_attentions)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if torch.is_autocast_enabled(x.device.type):  # an embedding is no product: the residual stream would be fp32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         layer_types = self.config.layer_types
         assert layer_types is not None  # filled in by SidConfig
         if use_cache is None:

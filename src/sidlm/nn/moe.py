@@ -81,11 +81,12 @@ class MoEFeedForward(nn.Module):
                 self.expert_counts += counts
         out = self.run_experts(flat[order // self.top_k], counts)
         # gather back instead of scatter-add: deterministic on every device
-        out = out[order.argsort()].view(-1, self.top_k, x.shape[-1])
-        out = (out * weights.unsqueeze(-1).to(out.dtype)).sum(dim=1)
+        out = out[order.argsort()].view(*x.shape[:-1], self.top_k, x.shape[-1])
+        # a sum in the shape of x, no view of one: FSDP would warn of it
+        out = (out * weights.view(*x.shape[:-1], self.top_k, 1).to(out.dtype)).sum(dim=-2)
         if self.shared_expert is not None:
-            out = out + self.shared_expert(flat)
-        return out.view_as(x).to(x.dtype)
+            out = out + self.shared_expert(flat).view_as(x)
+        return out.to(x.dtype)
 
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """(N, hidden_size) -> gates (N, top_k), at least float32 and summing to one, and expert indices (N, top_k)."""
@@ -100,16 +101,7 @@ class MoEFeedForward(nn.Module):
 
     def run_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Rows (M, hidden_size) sorted by expert, counts (E,) rows of each -> (M, hidden_size)."""
-        device = rows.device.type
-        if torch.is_autocast_enabled(device):
-            rows = rows.to(torch.get_autocast_dtype(device))
-        # torch's grouped GEMM wants rows of whole 16-byte words
-        aligned = all(size * rows.element_size() % 16 == 0 for size in self.up_proj.shape[1:])
-        multiply = matmul_grouped if aligned and grouped_mm_works(device, rows.dtype) else matmul_loop
-        up = multiply(rows, self.up_proj, counts)
-        if self.gate_proj is None:
-            return multiply(F.relu(up).square(), self.down_proj, counts)
-        return multiply(F.silu(multiply(rows, self.gate_proj, counts)) * up, self.down_proj, counts)
+        return feed_experts(rows, counts, self.up_proj, self.down_proj, self.gate_proj)
 
     @torch.no_grad()
     def update_balance(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
@@ -124,6 +116,22 @@ class MoEFeedForward(nn.Module):
         load = counts.to(torch.float32)
         self.balance_bias += rate * torch.sign(load.mean() - load).to(self.balance_bias.dtype)
         counts.zero_()
+
+
+def feed_experts(
+    rows: Tensor, counts: Tensor, up_proj: Tensor, down_proj: Tensor, gate_proj: Tensor | None = None
+) -> Tensor:
+    """Rows (M, hidden_size) sorted by expert, counts (E,) rows of each, stacked weights -> (M, hidden_size)."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        rows = rows.to(torch.get_autocast_dtype(device))
+    # torch's grouped GEMM wants rows of whole 16-byte words
+    aligned = all(size * rows.element_size() % 16 == 0 for size in up_proj.shape[1:])
+    multiply = matmul_grouped if aligned and grouped_mm_works(device, rows.dtype) else matmul_loop
+    up = multiply(rows, up_proj, counts)
+    if gate_proj is None:
+        return multiply(F.relu(up).square(), down_proj, counts)
+    return multiply(F.silu(multiply(rows, gate_proj, counts)) * up, down_proj, counts)
 
 
 def matmul_loop(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class SimplicialAttention(nn.Module):
     position: "none"; "rope", ordinary RoPE on q, k and k2 (absolute positions enter a trilinear product); "rotation",
     one rotation about a fixed axis per chunk of three dimensions, which leaves a determinant dependent on relative
     positions only, and is therefore refused for the trilinear form and with a nonzero k2_bias.
+    scale: factor of the logits, None for 1/sqrt(head_dim).
     qk_norm: RMS norm of each head of q, k and k2 with learned weights, before positions are applied.
     k2_bias, v2_bias: constants added to k2 and v2; at 1 the layer starts near ordinary attention.
     Raises ValueError for an unknown position and for a position that the form cannot carry.
@@ -39,6 +40,7 @@ class SimplicialAttention(nn.Module):
         window: tuple[int, int] = (512, 32),
         form: str = "trilinear",
         position: str = "rope",
+        scale: float | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         k2_bias: float = 0.0,
@@ -51,6 +53,7 @@ class SimplicialAttention(nn.Module):
         self.window = (window[0], window[1])
         self.form = form
         self.position = position
+        self.scale = scale
         self.k2_bias = k2_bias
         self.v2_bias = v2_bias
         self.layer_idx = layer_idx
@@ -97,7 +100,8 @@ class SimplicialAttention(nn.Module):
         if cache is not None:
             k, v, k2, v2, lengths = self._through_cache(cache, k, v, k2, v2)
         settings: dict[str, Any] = {
-            "window": self.window, "form": self.form, "k2_bias": self.k2_bias, "v2_bias": self.v2_bias,
+            "window": self.window, "form": self.form, "scale": self.scale, "k2_bias": self.k2_bias,
+            "v2_bias": self.v2_bias,
         }  # fmt: skip
         if lengths is not None:
             out = ops.two_simplicial_decode(q, k, v, k2, v2, lengths, doc_ids=doc_ids, **settings)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NUMBERS = {int: ctypes.c_int, float: ctypes.c_float}
 SWIZZLES = {32: "SWIZZLE_32B", 64: "SWIZZLE_64B", 128: "SWIZZLE_128B"}
 
 
@@ -100,7 +101,7 @@ def tensor_map(x: Tensor, box: tuple[int, int], swizzle: int) -> Any:
 
 
 def launch(kernel: Any, blocks: int, threads: int, shared: int, args: list[Any]) -> None:
-    """Run a kernel in the current stream. args: tensors (their address, None for null), maps and ints of 32 bits."""
+    """Run a kernel in the current stream. args: tensors (their address, None for null), maps, numbers of 32 bits."""
     from cuda.bindings import driver  # pyright: ignore
 
     values, kinds = [], []
@@ -110,7 +111,7 @@ def launch(kernel: Any, blocks: int, threads: int, shared: int, args: list[Any])
             kinds.append(ctypes.c_void_p)
         else:
             values.append(x)
-            kinds.append(ctypes.c_int if isinstance(x, int) else None)
+            kinds.append(NUMBERS.get(type(x)))
     stream = torch.cuda.current_stream().cuda_stream
     _ok(driver.cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, shared, stream, (tuple(values), tuple(kinds)), 0))
 

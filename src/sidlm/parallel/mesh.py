@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from sidlm.errors import SidError
 from sidlm.parallel.config import DIMENSIONS, ParallelConfig
@@ -35,6 +38,24 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return shard if mesh["dp_replicate"].size() == 1 else DeviceMesh._concatenate([mesh["dp_replicate"], shard])
 
 
+class ExpertMeshes(NamedTuple):
+    """The mesh of dp_shard x cp, and dp_replicate outside it, as experts see it."""
+
+    split: DeviceMesh
+    """the processes that split the experts of a layer"""
+    fsdp: DeviceMesh
+    """those that hold the same experts, for `fully_shard`"""
+
+
+def expert_meshes(mesh: DeviceMesh, ep: int) -> ExpertMeshes:
+    """Of `ep` neighbours in dp_shard x cp each; ep must divide their number."""
+    shard = mesh["dp_shard", "cp"]._flatten("fsdp")
+    both = shard._unflatten("fsdp", (shard.size() // ep, ep), ("expert_shard", "ep"))
+    rest = both["expert_shard"]
+    fsdp = rest if mesh["dp_replicate"].size() == 1 else DeviceMesh._concatenate([mesh["dp_replicate"], rest])
+    return ExpertMeshes(both["ep"], fsdp)
+
+
 def batch_share(mesh: DeviceMesh) -> tuple[int, int]:
     """(index, count): which of how many parts of the rows of a batch this process reads."""
     count = mesh["dp_shard"].size()
@@ -59,7 +80,36 @@ def sum_over_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
     For the loss of a batch: each process has that of its tokens, divided by the labelled tokens of all.
     """
-    return _sum(x, mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens"))
+    return _sum(x, tokens_mesh(mesh))
+
+
+def tokens_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The processes that see other tokens in the same layers, as one dimension."""
+    return mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens")
+
+
+@torch.no_grad()
+def send_to_first(part: Tensor | None, into: Tensor | None, stage: int, mesh: DeviceMesh) -> None:
+    """Copy a tensor that the processes of one pipeline stage share to the first process of all.
+
+    part: what a process of that stage has of it, not read on others. into: where the first process wants it. Every
+    process calls it for the same tensors in the same order.
+    """
+    own_stage, first = mesh.get_local_rank("pp"), dist.get_rank() == 0
+    whole = None
+    if own_stage == stage:
+        assert part is not None
+        whole = part.full_tensor() if isinstance(part, DTensor) else part
+    if first and whole is not None:
+        assert into is not None
+        into.copy_(whole)
+    elif stage and sum(mesh.get_coordinate() or ()) == own_stage:  # the processes behind the first one in pp
+        line = mesh["pp"].get_group()
+        if first:
+            assert into is not None
+            dist.recv(into, dist.get_global_rank(line, stage), group=line)
+        elif whole is not None:
+            dist.send(whole.contiguous(), 0, group=line)
 
 
 def _sum(x: Tensor, line: DeviceMesh) -> Tensor:

@@ -141,8 +141,8 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        unknown = first["type"] == "extra_forbidden"
-        message = f"{where}: unknown or unsupported field" if unknown else f"{where or 'body'}: {first['msg']}"
+        unknown, said = first["type"] == "extra_forbidden", first["msg"].removeprefix("Value error, ")
+        message = f"{where}: unknown or unsupported field" if unknown else f"{where or 'body'}: {said}"
         return answer(bad(where, message))
 
     @app.exception_handler(HTTPException)

@@ -12,22 +12,25 @@ import torch
 
 from sidlm.errors import SidError
 from sidlm.train.config import RunConfig
+from sidlm.train.float8 import convert
+from sidlm.train.recipe import phases
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from sidlm.data.loader import Loader
+    from sidlm.data.phases import PhasedLoader
     from sidlm.data.sources import Document
     from sidlm.data.tokenizer import Tokenizer
     from sidlm.models.config import SidConfig
     from sidlm.models.modeling import SidForCausalLM
+    from sidlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class Text:
     """Training batches, held-out documents and the tokenizer; the fingerprint changes with any of the training text."""
 
-    loader: Loader
+    loader: PhasedLoader
     valid: list[Document]
     tokenizer: Tokenizer
     fingerprint: str
@@ -40,7 +43,8 @@ def open_text(
 
     share: (index, count), which part of the rows of a batch this process reads.
     """
-    from sidlm.data import Loader, Tokenizer, open_data, prepare_tokenizer
+    from sidlm.data import Tokenizer, open_data, prepare_tokenizer
+    from sidlm.data.phases import PhasedLoader
 
     folder = Path(cfg.train.out) / "tokenizer"
     settings = cfg.data
@@ -49,7 +53,7 @@ def open_text(
     tokenizer = Tokenizer.load(folder) if resumed else prepare_tokenizer(settings, folder, log=log)
     data = open_data(cfg.data, tokenizer, log=log)
     rank, world = share
-    loader = Loader(data.train, batch_size=cfg.train.batch_size, seed=cfg.train.seed, rank=rank, world=world)
+    loader = PhasedLoader(data.train, phases(cfg), seed=cfg.train.seed, rank=rank, world=world)
     valid = choose_documents(data.valid, cfg.validation.documents, cfg.validation.characters)
     return Text(loader, valid, tokenizer, data.train.fingerprint)
 
@@ -72,9 +76,12 @@ def choose_documents(documents: Sequence[Any], count: int, characters: int) -> l
     return turns[:count]
 
 
-def build_model(cfg: RunConfig, tokenizer: Tokenizer, *, resumed: bool = False) -> SidForCausalLM:
+def build_model(
+    cfg: RunConfig, tokenizer: Tokenizer, *, device: torch.device | str = "cpu", resumed: bool = False
+) -> SidForCausalLM:
     """The fp32 model of a run: a freshly initialised one of the preset for the tokenizer's vocabulary, or init_from's.
 
+    device: where a fresh one is drawn; a GPU draws billions of random numbers in seconds.
     resumed: the weights come from a checkpoint of the run, so those of init_from are not read.
     Raises SidError for an unknown preset or field (naming the nearest) and for values that do not fit together.
     """
@@ -89,7 +96,8 @@ def build_model(cfg: RunConfig, tokenizer: Tokenizer, *, resumed: bool = False) 
     except (ValueError, TypeError) as error:
         raise SidError(f"model: {' '.join(str(error).split())}") from error
     _check_vocabulary(config, tokenizer)
-    return SidForCausalLM(config).float()
+    with torch.device(device):
+        return SidForCausalLM(config).float()
 
 
 def start_folder(path: str) -> Path:
@@ -124,13 +132,28 @@ def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
 
 def spread(
     model: SidForCausalLM, cfg: RunConfig, mesh: DeviceMesh | None, device: torch.device, precision: str
-) -> None:
-    """Compile each block, in place (parameter names stay), and shard the model over a mesh. Before the optimizer."""
+) -> Pipeline | None:
+    """float8 products, recomputed and compiled blocks, shards over a mesh, in place (parameter names stay). Before the
+    optimizer. Of a mesh with pipeline stages, returns what runs them."""
+    from sidlm.parallel.recompute import recompute_block
+
+    if cfg.train.float8 != "off":
+        if cfg.parallel.tp > 1:
+            raise SidError(f"train.float8 {cfg.train.float8} and parallel.tp {cfg.parallel.tp} do not go together yet")
+        convert(model, cfg.train.float8, device)
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
-        for block in model.model.layers if compiled else ():
-            block.compile()
-        return
+        for block in model.model.layers:
+            recompute_block(block, cfg.train.recompute, compiled=compiled)
+        return None
     from sidlm.parallel.shard import ShardConfig, parallelize
 
-    parallelize(model, mesh, ShardConfig(precision=precision, compile=compiled))
+    settings = ShardConfig(
+        precision=precision,
+        reshard_after_forward=cfg.parallel.reshard_after_forward,
+        recompute=cfg.train.recompute,
+        compile=compiled,
+        pipeline=cfg.parallel.pipeline,
+        ep=cfg.parallel.ep,
+    )
+    return parallelize(model, mesh, settings)

@@ -224,7 +224,7 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     """
     reader = SafeReader(checkpoint.path / "tensors")
     stored = reader.read_metadata().state_dict_metadata
-    for name in sorted(tensors.keys() ^ stored.keys()):
+    for name in sorted(_names_of_all(tensors) ^ stored.keys()):
         where = "is not in this model" if name in stored else "is missing"
         raise SidError(f"{checkpoint.path}: {name} {where}: the checkpoint is of another model")
     for name, tensor in tensors.items():
@@ -238,6 +238,15 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
             )
     with quiet_single_process():
         dcp.load({name: t.detach() for name, t in tensors.items()}, storage_reader=reader)
+
+
+def _names_of_all(tensors: dict[str, Tensor]) -> set[str]:
+    """The names that any process has: of a model in pipeline stages each has some."""
+    if not dist.is_initialized():
+        return set(tensors)
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, list(tensors))
+    return set().union(*names)
 
 
 def _dtype(dtype: torch.dtype) -> str:

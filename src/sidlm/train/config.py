@@ -18,6 +18,7 @@ import yaml
 from sidlm.data.config import DataConfig
 from sidlm.errors import SidError
 from sidlm.parallel.config import ParallelConfig
+from sidlm.train.recipe import RecipeConfig, phases
 from sidlm.train.schedule import ScheduleConfig
 from sidlm.train.settings import (
     apply_settings,
@@ -27,6 +28,7 @@ from sidlm.train.settings import (
     print_help,
     yaml_settings,
 )
+from sidlm.train.spikes import SpikeConfig
 
 _overrides_spec = tyro.constructors.PrimitiveConstructorSpec(
     nargs="*",
@@ -55,8 +57,13 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW."""
+    """AdamW, or Muon for the matrices of the blocks."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the blocks' matrices take orthogonalised momentum steps of the size of AdamW's, so lr and weight_decay stay
+    as they are; embedding, head, norms, routers and experts stay with AdamW. One process only"""
+    muon_momentum: float = 0.95
+    """momentum of Muon"""
     lr: float = 1e-3
     """peak learning rate"""
     down_proj_lr_scale: float = 1.0
@@ -94,11 +101,18 @@ class TrainConfig:
     batch_size: int = 16
     """rows of data.seq_len tokens in one optimizer step"""
     micro_batch_size: int = 0
-    """rows of a process in one forward and backward pass, 0 = all; the loss does not depend on it"""
+    """rows of a process in one forward and backward pass, 0 = all, or one with parallel.pp; the loss does not depend
+    on it"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast over fp32 weights; auto: bf16 on CUDA, fp32 on a CPU"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    recompute: Literal["none", "cheap", "blocks"] = "none"
+    """what the backward pass computes again to save memory: none; cheap, what costs no matrix product; blocks, all but
+    the inputs of blocks"""
+    float8: Literal["off", "tensorwise", "rowwise"] = "off"
+    """products of the inner blocks' linear layers in float8, through torchao: scaled by the largest value of a tensor,
+    which is fastest, or of each row; emulated where the device has no such products"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: on for CUDA, off for a CPU"""
     seed: int = 0
@@ -167,7 +181,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """which text"""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW"""
+    """optimizer"""
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    """batch, row length and mix by tokens"""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """loss spikes"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """learning-rate schedule"""
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
@@ -210,6 +228,8 @@ def check(cfg: RunConfig) -> None:
         "checkpoint.export_every": 0, "validation.every": 0, "validation.documents": 1, "validation.characters": 1,
         "validation.batch_size": 1,
         "samples.every": 0, "samples.max_new_tokens": 1, "samples.temperature": 0, "optim.eps": 0,
+        "spikes.threshold": 0, "spikes.window": 2, "spikes.max_in_a_row": 0, "spikes.max_total": 0,
+        "schedule.cosine_steps": 0, "schedule.anneal_tokens": 0, "schedule.average_every": 0,
         "optim.weight_decay": 0, "optim.clip_norm": 0, "schedule.warmup_steps": -1, "schedule.floor": 0,
         "sparsity.warmup_steps": 0, "data.seq_len": 1,
     }  # fmt: skip
@@ -220,7 +240,7 @@ def check(cfg: RunConfig) -> None:
     for key in ("optim.lr", "optim.down_proj_lr_scale"):
         if not flat[key] > 0:
             raise SidError(f"{key} must be above 0, got {flat[key]}")
-    for key in ("optim.beta1", "optim.beta2"):
+    for key in ("optim.beta1", "optim.beta2", "optim.muon_momentum"):
         if not 0 <= flat[key] < 1:
             raise SidError(f"{key} must be in [0, 1), got {flat[key]}")
     if cfg.schedule.floor > 1:
@@ -230,6 +250,9 @@ def check(cfg: RunConfig) -> None:
             f"train.batch_size={cfg.train.batch_size} is not a multiple of "
             f"train.micro_batch_size={cfg.train.micro_batch_size}"
         )
+    if cfg.schedule.average_every and not cfg.schedule.anneal_tokens:
+        raise SidError("schedule.average_every averages over the annealing: it needs schedule.anneal_tokens")
+    phases(cfg)
     if cfg.schedule.warmup_steps >= cfg.train.steps > 1:
         warmup, steps = cfg.schedule.warmup_steps, cfg.train.steps
         raise SidError(f"schedule.warmup_steps={warmup} leaves nothing of train.steps={steps}")

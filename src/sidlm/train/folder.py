@@ -16,6 +16,7 @@ from typing import IO, Any
 from sidlm.errors import SidError
 from sidlm.train import checkpoint
 from sidlm.train.config import RunConfig, flatten, load_config, to_yaml
+from sidlm.train.recipe import phases
 
 # what a checkpoint cannot be continued with when it differs: the weights' shapes and the order of the data
 FIXED = ("model.", "data.", "train.seed", "train.batch_size")
@@ -77,6 +78,8 @@ def find_resume(cfg: RunConfig) -> checkpoint.Checkpoint | None:
     if (out / "config.yaml").is_file():
         _refuse_other_run(cfg, load_config(out / "config.yaml"), out)
     found = checkpoint.newest_good(folder, warn=warn)
+    if found is not None and (out / "config.yaml").is_file():
+        _refuse_other_past(cfg, load_config(out / "config.yaml"), out, found.step)
     if found is None:
         raise SidError(f"no checkpoint in {folder} is intact: restore one, or choose another train.out")
     if found.step > cfg.train.steps:
@@ -93,6 +96,16 @@ def _refuse_other_run(cfg: RunConfig, old: RunConfig, out: Path) -> None:
     ]
     if differing:
         raise SidError(f"{out} holds another run: {'; '.join(differing)}; choose another train.out to start a new one")
+
+
+def _refuse_other_past(cfg: RunConfig, old: RunConfig, out: Path, step: int) -> None:
+    """A change of batch or mix may be added, moved or dropped as long as it lies ahead of `step`."""
+    new, before = ([p for p in phases(c) if p.first_step < max(step, 1)] for c in (cfg, old))
+    if new != before:
+        raise SidError(
+            f"{out} is at step {step}, and recipe.batch and recipe.mix say otherwise there and here of the steps "
+            f"before it: {list(old.recipe.batch + old.recipe.mix)} and {list(cfg.recipe.batch + cfg.recipe.mix)}"
+        )
 
 
 def describe_run(cfg: RunConfig, environment: dict[str, Any]) -> None:

@@ -9,13 +9,14 @@ computed without.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -29,18 +30,23 @@ from sidlm.errors import SidError
 from sidlm.nn.moe import MoEFeedForward
 from sidlm.parallel.config import launched
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
+from sidlm.train.average import Average
 from sidlm.train.build import Text, build_model, open_text, spread
 from sidlm.train.config import RunConfig, check, to_yaml
 from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
-from sidlm.train.optim import clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
+from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.processes import Processes
+from sidlm.train.recipe import anneal_steps
 from sidlm.train.report import write_report
 from sidlm.train.saving import Saver
 from sidlm.train.schedule import learning_rate
+from sidlm.train.spikes import SpikeGuard
 
 if TYPE_CHECKING:
-    from sidlm.data.loader import Batch, Loader
+    from sidlm.data.loader import Batch
+    from sidlm.data.phases import PhasedLoader
+    from sidlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,7 @@ class RunState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     valid: dict[str, dict[str, float]] = field(default_factory=dict)
+    spikes: dict[str, Any] = field(default_factory=dict)
 
 
 def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
@@ -99,16 +106,23 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         ready = found is not None or not group.first
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
-    model: Any = build_model(cfg, text.tokenizer, resumed=found is not None)
+    model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
     model.to(device).train()
-    spread(model, cfg, group.mesh, device, precision)
+    pipeline = spread(model, cfg, group.mesh, device, precision)
     optimizer = make_optimizer(model, cfg.optim)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
-    state = RunState()
+    state, annealing = RunState(), cfg.train.steps - anneal_steps(cfg)
+    average: Average | None = None
+    if found is not None and cfg.schedule.average_every and found.step > annealing:
+        average = Average(model, annealing, cfg.schedule.average_every)
+        tensors |= average.tensors
     if found is not None:
         checkpoint.load(found, tensors)
         state = restore_state(found, text.fingerprint)
+    guard = SpikeGuard(cfg.spikes)
+    guard.state |= state.spikes
+    state.spikes = guard.state
     sparse = sparsity.sparse_layers(model)
 
     meter = SpeedMeter(model, cfg, hardware.peak_flops(device, precision), group.count)
@@ -125,31 +139,44 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         log.say(headline(cfg, model, device, precision, meter, state, group))
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
-        for step, batch in prefetched(text.loader, state.step, total_steps):
-            started = time.perf_counter()
-            lr = learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps)
+        started = time.perf_counter()
+        for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
+            lr = learning_rate(
+                step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
+            )
             set_learning_rate(optimizer, lr)
             sparsity.switch(sparse, step, cfg.sparsity)
-            loss, norm = train_step(model, optimizer, batch, cfg, device, precision, group)
+            loss, norm, spike = train_step(model, optimizer, batch, cfg, device, precision, group, pipeline, guard)
+            if cfg.schedule.average_every and step >= annealing:
+                if average is None:
+                    average = Average(model, annealing, cfg.schedule.average_every)
+                    tensors |= average.tensors
+                average.update(step)
 
             tokens = batch.tokens.numel() * group.share[1]
             state.step = step + 1
             state.tokens += tokens
             record: dict[str, Any] = {"step": state.step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
-            record |= {"tokens": state.tokens} | meter.measure(tokens, time.perf_counter() - started)
+            record |= {"tokens": state.tokens} | meter.measure(
+                tokens, time.perf_counter() - started, batch.tokens.shape[1]
+            )
             if count_skipped(state, loss, norm):
                 record["skipped"] = f"the loss is {loss}, the gradient norm {norm}"
+            elif spike:
+                record["skipped"] = spike
 
             last = state.step == total_steps
             if sparse and due(state.step, log_every, last):
                 record["sparsity"] = sparsity.measured(sparse)
             if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
-                state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
+                with in_use(average):
+                    state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
             log.record(record)
             if cfg.samples.prompts and due(state.step, cfg.samples.every, last):
-                whole = whole_model(model, cfg, step, group)
-                if whole is not None:
-                    write_samples(log, whole, text.tokenizer, cfg, device, precision, state.step)
+                with in_use(average):
+                    whole = whole_model(model, cfg, step, group)
+                    if whole is not None:
+                        write_samples(log, whole, text.tokenizer, cfg, device, precision, state.step)
             give_up_if_hopeless(state, cfg)
             stop.signal = group.largest(stop.signal)
             stopping = bool(stop.signal)
@@ -157,16 +184,19 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
                 log.sync()
                 saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint))
             if due(state.step, cfg.checkpoint.export_every, False):
-                export(out, model, text, group, saver)
+                with in_use(average):
+                    export(out, model, text, group, saver)
             if on_step is not None and group.first:
                 on_step(record)
             if stopping:
                 break
+            started = time.perf_counter()
 
     peak_memory = hardware.peak_memory_bytes(device)
     finished = state.step == total_steps
     if finished:
-        export(out, model, text, group, saver)
+        with in_use(average):
+            export(out, model, text, group, saver)
     saver.finish(last=True)
     if finished and group.first:
         write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
@@ -179,43 +209,55 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batch: Batch,
     cfg: RunConfig,
     device: torch.device,
     precision: str,
     group: Processes,
-) -> tuple[float, float]:
+    pipeline: Pipeline | None,
+    guard: SpikeGuard,
+) -> tuple[float, float, str | None]:
     """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
-    norm before clipping), the same on all processes.
+    norm before clipping, why the guard left the step out if it did), the same on all processes.
 
     The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
-    rows, total_rows = cfg.train.micro_batch_size or cfg.train.batch_size, batch.tokens.shape[0]
-    labelled = max(1, group.sum_rows(int((batch.labels != -100).sum())))
-    # a sharded model casts its weights itself, once for each time that it gathers them
-    autocast = "fp32" if group.mesh is not None else precision
-    loss = torch.zeros((), device=device)
-    for first in range(0, total_rows, rows):
-        tokens, labels, positions, doc_ids = (
-            t[first : first + rows].to(device) for t in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
-        )
-        with hardware.autocast(device, autocast):
-            micro_loss = model(
-                input_ids=tokens, position_ids=positions, doc_ids=doc_ids, shift_labels=labels,
-                num_items_in_batch=labelled, use_cache=False,
-            ).loss  # fmt: skip
-        micro_loss.backward()
-        loss += micro_loss.detach()
+    labelled = group.sum_rows(int((batch.labels != -100).sum()))
+    if pipeline is not None:
+        part = batch.to(device, non_blocking=True)
+        loss = pipeline.step(arguments(part), num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
+    else:
+        # a micro-batch keeps its tokens where rows become longer
+        rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
+        rows = rows if cfg.train.micro_batch_size else len(batch)
+        # a sharded model casts its weights itself, once for each time that it gathers them
+        autocast = "fp32" if group.mesh is not None else precision
+        loss = torch.zeros((), device=device)
+        for first in range(0, len(batch), rows):
+            part = batch[first : first + rows].to(device, non_blocking=True)
+            with hardware.autocast(device, autocast):
+                micro_loss = model(**arguments(part), num_items_in_batch=labelled, use_cache=False).loss
+            micro_loss.backward()
+            loss += micro_loss.detach()
     loss = group.sum_tokens(loss)
-    norm = clip_gradients(model.parameters(), cfg.optim.clip_norm)
-    ok = math.isfinite(loss.item()) and math.isfinite(norm.item())
+    norm = clip_gradients(model.parameters(), cfg.optim.clip_norm, pipeline)
+    # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
+    loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
+    ok = math.isfinite(loss_value) and math.isfinite(norm_value)
+    spike = guard.judge(loss_value, norm_value) if ok else None
+    ok = ok and spike is None
     if ok:
         optimizer.step()
-    update_balance(model, ok)
+    update_balance(model, ok, group)
     optimizer.zero_grad(set_to_none=True)
-    return loss.item(), norm.item()
+    return loss_value, norm_value, spike
+
+
+def in_use(average: Average | None) -> AbstractContextManager[None]:
+    """The mean of the weights in the model, once there is one."""
+    return nullcontext() if average is None else average.in_use()
 
 
 def whole_model(model: Any, cfg: RunConfig, step: int, group: Processes) -> Any:
@@ -239,30 +281,47 @@ def export(out: Path, model: Any, text: Text, group: Processes, saver: Saver) ->
     whole = group.whole(model)
     if whole is None:
         return saver.background(None)
-    tied: dict[int, torch.Tensor] = {}  # tied weights stay one
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one
     weights = {}
     for name, t in whole.state_dict().items():
-        weights[name] = tied[t.data_ptr()] if t.data_ptr() in tied else t.detach().to("cpu", copy=True)
-        tied[t.data_ptr()] = weights[name]
+        place = (t.data_ptr(), t.shape)
+        if place not in copies:
+            copies[place] = t.detach().to("cpu", copy=True)
+        weights[name] = copies[place]
     saver.background(lambda: folder.export_model(out, whole, weights, text.tokenizer))
 
 
-def update_balance(model: Any, ok: bool) -> None:
+def arguments(rows: Batch) -> dict[str, torch.Tensor]:
+    """Rows of a batch as the model takes them."""
+    return {
+        "input_ids": rows.tokens, "position_ids": rows.positions, "doc_ids": rows.doc_ids, "shift_labels": rows.labels,
+    }  # fmt: skip
+
+
+def update_balance(model: Any, ok: bool, group: Processes) -> None:
     """Balance the experts after a step; after a skipped one (rate 0) they only forget what it routed."""
     rate = model.config.moe_balance_rate if ok else 0.0
     for module in model.modules():
         if isinstance(module, MoEFeedForward):
-            module.update_balance(rate)
+            module.update_balance(rate, group.tokens)
 
 
-def prefetched(loader: Loader, first: int, end: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) for the steps first..end-1; a thread prepares the next batch during the step."""
+def prefetched(loader: PhasedLoader, first: int, end: int, *, pin: bool) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) for the steps first..end-1; a thread prepares the next batch during the step.
+
+    pin: whether in memory from which copies to a GPU need no waiting.
+    """
+
+    def prepare(step: int) -> Batch:
+        batch = loader.batch(step)
+        return batch.pinned() if pin else batch
+
     with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
-        following = pool.submit(loader.batch, first) if first < end else None
+        following = pool.submit(prepare, first) if first < end else None
         for step in range(first, end):
             assert following is not None
             batch = following.result()
-            following = pool.submit(loader.batch, step + 1) if step + 1 < end else None
+            following = pool.submit(prepare, step + 1) if step + 1 < end else None
             yield step, batch
 
 
@@ -302,14 +361,16 @@ def restore_state(found: checkpoint.Checkpoint, data_fingerprint: str) -> RunSta
             f"{found.path} was trained on other data or with another tokenizer (fingerprint "
             f"{found.state['data'][:12]}, now {data_fingerprint[:12]}): restore the files, or choose another train.out"
         )
-    return RunState(**{f.name: found.state[f.name] for f in dataclasses.fields(RunState)})
+    return RunState(**{f.name: found.state[f.name] for f in dataclasses.fields(RunState) if f.name in found.state})
 
 
 def headline(
     cfg: RunConfig, model: Any, device: torch.device, precision: str, meter: Any, state: Any, group: Processes
 ) -> str:
     """One line on what is about to happen."""
-    parameters = sum(p.numel() for p in model.parameters())
+    from sidlm.models.flops import num_parameters
+
+    parameters = num_parameters(model.config)
     start = f"from step {state.step}" if state.step else "new run"
     kind = f"started from {cfg.model.init_from}" if cfg.model.init_from else f"{cfg.model.preset}/{cfg.model.arch}"
     return (
@@ -326,20 +387,21 @@ class SpeedMeter:
         from sidlm.models.flops import train_flops_per_token
 
         self.peak, self.processes = peak, processes
-        self.flops_per_token = train_flops_per_token(model.config, cfg.data.seq_len)
+        self.flops = functools.cache(lambda length: train_flops_per_token(model.config, length))
+        self.flops_per_token = self.flops(cfg.data.seq_len)
         self.steps = 0
         self.first = (0, 0.0)
         self.rest = (0, 0.0)
 
-    def measure(self, tokens: int, seconds: float) -> dict[str, Any]:
-        """The record's fields about the speed of one step."""
+    def measure(self, tokens: int, seconds: float, length: int) -> dict[str, Any]:
+        """The record's fields about the speed of one step in rows of `length` tokens."""
         self.steps += 1
         if self.steps == 1:  # compilation, first allocations
             self.first = (tokens, seconds)
         else:
             self.rest = (self.rest[0] + tokens, self.rest[1] + seconds)
         speed = tokens / seconds
-        mfu = speed * self.flops_per_token / (self.peak.flops * self.processes)
+        mfu = speed * self.flops(length) / (self.peak.flops * self.processes)
         return {"step_tokens": tokens, "seconds": seconds, "tokens_per_second": speed, "mfu": mfu}
 
     @property

@@ -1,16 +1,83 @@
-"""AdamW over a model's parameters, and its state as plain named tensors."""
+"""AdamW over a model's parameters, Muon for its matrices, and their state as plain named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sidlm.errors import SidError
 from sidlm.train.config import OptimConfig
 
+if TYPE_CHECKING:
+    from sidlm.parallel.pipeline import Pipeline
 
-def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+
+class Together:
+    """Several optimizers, each over parameters of its own, as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        return {p: state for part in self.parts for p, state in part.state.items()}
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+
+Optimizer = torch.optim.Optimizer | Together
+
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+    """The optimizer of a config. Raises SidError where its torch has no Muon or the blocks have no matrices."""
+    if cfg.name == "adamw":
+        return make_adamw(model.named_parameters(), cfg)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in trained if is_matrix(name, p)]
+    if not matrices or not hasattr(torch.optim, "Muon"):
+        raise SidError(f"optim.name muon: {len(matrices)} matrices in the blocks, torch {torch.__version__}")
+    if any(hasattr(p, "placements") for _, p in matrices):
+        raise SidError("optim.name muon: matrices that are sharded over processes are not supported yet; use adamw")
+    names = {name for name, _ in matrices}
+    rest = [(name, p) for name, p in trained if name not in names]
+    return Together([make_muon(matrices, cfg), make_adamw(rest, cfg)])
+
+
+def is_matrix(name: str, p: Tensor) -> bool:
+    """Whether Muon takes a parameter: a matrix of a block that is no router."""
+    return p.ndim == 2 and ".layers." in name and ".router." not in name
+
+
+def make_muon(matrices: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """torch's Muon (Jordan et al. 2024) with the step size of AdamW (arXiv 2502.16982), its state created."""
+    groups: dict[bool, list[Tensor]] = {}
+    for name, p in matrices:
+        groups.setdefault(".down_proj" in name, []).append(p)
+    settings = [{"params": ps, "lr_scale": cfg.down_proj_lr_scale if down else 1.0} for down, ps in groups.items()]
+    muon = torch.optim.Muon(
+        settings, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    for group in muon.param_groups:
+        for p in group["params"]:
+            muon.state[p] = {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
+    return muon
+
+
+def make_adamw(named: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.optim.AdamW:
     """AdamW with decay on the weights of >= 2 dimensions only, fused where torch has the fused kernel.
 
     `cfg.down_proj_lr_scale` is the `lr_scale` of the group of the feed-forward layers' last matrices, 1 elsewhere.
@@ -18,10 +85,11 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     The state of every parameter is created here, at step 0, instead of on first use: a checkpoint then always holds
     the same names, also for experts that got no token yet.
     """
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, p in model.named_parameters():
+    groups: dict[tuple[bool, bool, Any], list[Tensor]] = {}
+    for name, p in named:
         if p.requires_grad:
-            groups.setdefault((p.ndim >= 2, ".down_proj" in name), []).append(p)
+            # a kernel over many tensors takes those of one mesh
+            groups.setdefault((p.ndim >= 2, ".down_proj" in name, getattr(p, "device_mesh", None)), []).append(p)
     trained = [p for group in groups.values() for p in group]
     fused = all(p.device.type in ("cpu", "cuda", "xpu") and p.is_floating_point() for p in trained)
     settings = [
@@ -30,7 +98,7 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
             "weight_decay": cfg.weight_decay if matrix else 0.0,
             "lr_scale": cfg.down_proj_lr_scale if down else 1.0,
         }
-        for (matrix, down), parameters in groups.items()
+        for (matrix, down, _), parameters in groups.items()
     ]
     optimizer = torch.optim.AdamW(settings, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
     for p in trained:
@@ -42,29 +110,44 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     return optimizer
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's own state tensors (not copies), named "<parameter>.<exp_avg|exp_avg_sq|step>"."""
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own state tensors (not copies), named "<parameter>.<exp_avg|exp_avg_sq|step|momentum_buffer>"."""
+    states = optimizer.state
     return {
         f"{name}.{key}": value
         for name, p in model.named_parameters()
         if p.requires_grad
-        for key, value in optimizer.state[p].items()
+        for key, value in states[p].items()
     }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Use `lr` from the next step on, times its `lr_scale` for a group that has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place to at most `max_norm` (0: leave them) and return their global L2 norm before, fp32."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, pipeline: Pipeline | None = None) -> Tensor:
+    """Scale gradients in place to at most `max_norm` (0: leave them) and return their global L2 norm before, fp32.
+
+    pipeline: of a model in stages, whose other parameters other processes have.
+    """
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_mesh.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    copies = set() if pipeline is None else pipeline.copies()
+    norms = [_norm([p.grad for p in part if p.grad is not None and p not in copies]) for part in by_mesh.values()]
+    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+    norm = norm if pipeline is None else pipeline.norm_of_all(norm)
+    if max_norm > 0:
+        for part in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+    return norm
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(gradients)
     # of sharded gradients it is a DTensor, whose parts are to be added once
     full_tensor = getattr(norm, "full_tensor", None)
-    norm = norm if full_tensor is None else full_tensor()
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    return norm if full_tensor is None else full_tensor()

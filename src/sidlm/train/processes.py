@@ -22,6 +22,7 @@ from sidlm.errors import SidError
 from sidlm.parallel.config import launched
 from sidlm.train import hardware
 from sidlm.train.config import RunConfig
+from sidlm.train.recipe import phases
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,18 +46,20 @@ class Processes:
         self.first = mesh is None or dist.get_rank() == 0
         self.share = (0, 1)
         """(index, count): which part of the rows of a batch this process reads"""
+        self.tokens: dist.ProcessGroup | None = None
+        """the processes that see other tokens in the same layers"""
         if mesh is not None:
-            from sidlm.parallel.mesh import batch_share
+            from sidlm.parallel.mesh import batch_share, tokens_mesh
 
-            self.share = batch_share(mesh)
+            self.share, self.tokens = batch_share(mesh), tokens_mesh(mesh).get_group()
 
-    def sum_rows(self, number: int) -> int:
-        """The sum over the processes that read other rows."""
+    def sum_rows(self, number: int) -> int | Tensor:
+        """The sum over the processes that read other rows, at least 1; of several, a tensor () not yet waited for."""
         if self.mesh is None:
-            return number
+            return max(1, number)
         from sidlm.parallel.mesh import sum_over_rows
 
-        return int(sum_over_rows(torch.tensor(number, device=self.mesh.device_type), self.mesh))
+        return sum_over_rows(torch.tensor(number, device=self.mesh.device_type), self.mesh).clamp_min(1)
 
     def describe(self, device: torch.device) -> str:
         """In a few words: the device, or how many of them in which mesh."""
@@ -110,17 +113,30 @@ class Processes:
         """The model on one process; of a sharded one a whole copy on the first process, and None on the others."""
         if self.mesh is None:
             return model
+        from sidlm.parallel.mesh import send_to_first
+
         copy = None
         if self.first:
             with torch.random.fork_rng(), torch.device(self.mesh.device_type):
                 copy = type(model)(model.config).to(next(model.parameters()).dtype).train(model.training)
         into = {} if copy is None else copy.state_dict()
-        for name, part in model.state_dict().items():  # one at a time: every process holds it for a moment
-            full_tensor = getattr(part, "full_tensor", None)
-            value = part if full_tensor is None else full_tensor()
-            if copy is not None:
-                into[name].copy_(value)
+        own, held = model.state_dict(), self.held(list(model.state_dict()))
+        for stage, names in enumerate(held):
+            for name in names:  # one at a time: every process of the stage holds it for a moment
+                send_to_first(own.get(name), into.get(name), stage, self.mesh)
         return copy
+
+    def held(self, names: list[str]) -> list[list[str]]:
+        """Of the names that each pipeline stage's processes have, those that no earlier one has."""
+        if self.mesh is None or self.mesh["pp"].size() == 1:
+            return [names]
+        line = self.mesh["pp"]
+        found: list[list[str]] = [[] for _ in range(line.size())]
+        dist.all_gather_object(found, names, group=line.get_group())
+        return [
+            [name for name in names if not any(name in earlier for earlier in found[:i])]
+            for i, names in enumerate(found)
+        ]
 
 
 def local_device(cfg: RunConfig) -> torch.device:
@@ -183,15 +199,23 @@ def _spoken(store: dist.Store, error: Exception) -> bool:
 def check_rows(cfg: RunConfig) -> None:
     """Raise SidError, naming the numbers, for a batch that cannot be spread over the processes."""
     sizes = cfg.parallel.sizes(dist.get_world_size())
-    if sizes["pp"] > 1:
-        raise SidError(f"parallel.pp is {sizes['pp']}, but sid train does not know pipeline stages yet")
     parts = sizes["dp_replicate"] * sizes["dp_shard"]
-    if cfg.train.batch_size % parts:
+    if sizes["pp"] > 1 and cfg.recipe.batch:
+        raise SidError(f"recipe.batch and parallel.pp={sizes['pp']} do not go together: a pipeline's shapes are fixed")
+    rows = cfg.train.batch_size // parts
+    if sizes["pp"] > 1 and cfg.train.batch_size % parts == 0 and rows % (cfg.train.micro_batch_size or 1):
         raise SidError(
-            f"train.batch_size={cfg.train.batch_size} does not divide by the {parts} groups of processes that read "
-            f"rows (dp_replicate {sizes['dp_replicate']} x dp_shard {sizes['dp_shard']})"
+            f"train.micro_batch_size={cfg.train.micro_batch_size} does not divide the {rows} rows of a process "
+            f"(train.batch_size {cfg.train.batch_size} / {parts}), whose micro-batches in a pipeline must be alike"
         )
     pieces = sizes["tp"] * (2 * sizes["cp"] if sizes["cp"] > 1 else 1)
-    if sizes["tp"] > 1 and cfg.data.seq_len % pieces:
-        of = f"tp {sizes['tp']}" if sizes["cp"] == 1 else f"2 x cp {sizes['cp']} x tp {sizes['tp']}"
-        raise SidError(f"data.seq_len={cfg.data.seq_len} does not divide by {pieces} ({of})")
+    for number, phase in enumerate(phases(cfg)):
+        rows, length = ("recipe.batch rows", "recipe.batch length") if number else ("train.batch_size", "data.seq_len")
+        if phase.batch_size % parts:
+            raise SidError(
+                f"{rows}={phase.batch_size} does not divide by the {parts} groups of processes that read "
+                f"rows (dp_replicate {sizes['dp_replicate']} x dp_shard {sizes['dp_shard']})"
+            )
+        if sizes["tp"] > 1 and phase.seq_len % pieces:
+            of = f"tp {sizes['tp']}" if sizes["cp"] == 1 else f"2 x cp {sizes['cp']} x tp {sizes['tp']}"
+            raise SidError(f"{length}={phase.seq_len} does not divide by {pieces} ({of})")

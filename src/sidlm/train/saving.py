@@ -42,7 +42,7 @@ class Saver:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         warnings.filterwarnings("ignore", message=checkpoint.ONE_PROCESS)
         # its messages must not mix with those of training; checkpoints are written from the memory of the CPU
-        self.messages = None if group.mesh is None else dist.new_group(backend="gloo", timeout=group.patience)
+        self.messages: Any = None if group.mesh is None else dist.new_group(backend="gloo", timeout=group.patience)
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin checkpoint `step-<state["step"]>`: on return the tensors may change. Waits for the one before.

@@ -35,15 +35,25 @@ class _Loader(yaml.SafeLoader):
 
 def yaml_settings(cls: type, path: str | Path) -> list[list[str]]:
     """The settings of a YAML file. Raises SidError naming the file and the key."""
+    return mapping_settings(cls, read_yaml(path, "config"), f"{path}: ")
+
+
+def read_yaml(path: str | Path, what: str) -> dict[Any, Any]:
+    """The mapping in a YAML file, which error messages call `what`. Raises SidError naming the file."""
     try:
         loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a safe one
     except OSError as error:
-        raise SidError(f"cannot read config {path}: {error.strerror}") from error
+        raise SidError(f"cannot read {what} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SidError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise SidError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict | None):
-        raise SidError(f"config {path} must be a mapping of sections, got {type(loaded).__name__}")
-    return _walk(cls, loaded or {}, "", keys_of(cls), f"{path}: ")
+        raise SidError(f"{what} {path} must be a mapping of sections, got {type(loaded).__name__}")
+    return loaded or {}
+
+
+def mapping_settings(cls: type, values: dict[Any, Any], where: str) -> list[list[str]]:
+    """The settings of nested sections. Raises SidError that begins with `where` and names the key."""
+    return _walk(cls, values, "", keys_of(cls), where)
 
 
 def _walk(cls: type, values: dict[Any, Any], prefix: str, keys: dict[str, Any], where: str) -> list[list[str]]:

@@ -61,6 +61,7 @@ class SidConfig(PreTrainedConfig):
     simplicial_window: list[int] | tuple[int, ...] = field(default_factory=lambda: [512, 32])
     simplicial_form: str = "trilinear"
     simplicial_position: str = "rope"
+    simplicial_scale: float | None = None
     simplicial_qk_norm: bool = True
     simplicial_k2_bias: float | int = 1.0
     simplicial_v2_bias: float | int = 1.0
@@ -223,7 +224,7 @@ def combine(q: Tensor, k2: Tensor, form: str) -> Tensor:
     return torch.cat((cross, q[..., n:] * k2[..., n:]), dim=-1)
 
 
-def two_simplicial(q, k, v, k2, v2, ids, window, form) -> Tensor:
+def two_simplicial(q, k, v, k2, v2, ids, window, form, scale=None) -> Tensor:
     """2-simplicial attention (arXiv 2507.02754). q (B, T, H, D); k, v, k2, v2 (B, S, G, D), aligned at the end.
 
     ids: (B, >= S) documents aligned at the end, negative at padding, which gives zeros.
@@ -231,7 +232,7 @@ def two_simplicial(q, k, v, k2, v2, ids, window, form) -> Tensor:
     (b, t, h, d), g, dtype = q.shape, k.shape[2], q.dtype
     w1, w2 = window
     q, k, v, k2, v2 = (x.float() if x.dtype != torch.float64 else x for x in (q, k, v, k2, v2))
-    q = q.view(b, t, g, h // g, d) * d**-0.5
+    q = q.view(b, t, g, h // g, d) * (scale or d**-0.5)
     k2, v2 = (F.pad(x, (0, 0, 0, 0, w2 - 1, 0)) for x in (k2, v2))
     ids2 = F.pad(ids, (max(w2 - 1 + t - ids.shape[1], 0), 0), value=-1)
     out = []
@@ -304,7 +305,7 @@ class Attention(nn.Module):
             (k, k2), (v, v2) = cache.update(k, v, self.layer, k2=k2, v2=v2, window=window)
             k, v, k2, v2 = (z.transpose(1, 2) for z in (k, v, k2, v2))
         k2, v2 = k2 + config.simplicial_k2_bias, v2 + config.simplicial_v2_bias
-        return two_simplicial(q, k, v, k2, v2, ids, window, config.simplicial_form)
+        return two_simplicial(q, k, v, k2, v2, ids, window, config.simplicial_form, config.simplicial_scale)
 
     def _plain(self, q, k, v, ids, cache) -> Tensor:
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))

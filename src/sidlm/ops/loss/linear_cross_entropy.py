@@ -4,6 +4,9 @@ The gradients of a chunk are formed while its logits are at hand (Liger kernel, 
 three matrix products per chunk, as the unfused loss does, and the memory of one chunk.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,6 +18,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 def chunks(tokens: int, vocab: int, chunk: int | None, device: torch.device) -> range:
     # fewer rows than this, and the products wait for the weight matrix instead of computing
     size = chunk or max(512, CHUNK_ELEMENTS.get(device.type, 1 << 26) // vocab)
+    if chunk is None and tokens:  # of one size: what is compiled for it is compiled once
+        size = -(-tokens // -(-tokens // size))
     return range(0, tokens, size)
 
 
@@ -37,6 +42,35 @@ def _nll_and_probs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return gap - probs.gather(1, where).log(), probs
 
 
+def _nll_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL (n, 1) of target (n, 1), and its gradient (n, V) in the logits' dtype."""
+    nll, probs = _nll_and_probs(logits, target)
+    return nll, probs.scatter_add_(1, target, probs.new_full((), -1.0).expand_as(nll)).to(logits.dtype)
+
+
+def _fused_nll_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, in a form of which a compiler makes one kernel that reads logits twice and writes the gradient."""
+    log_probs = torch.log_softmax(logits, dim=1, dtype=high_dtype(logits.dtype))
+    hit = torch.arange(logits.shape[1], device=logits.device) == target
+    return -log_probs.gather(1, target), (log_probs.exp() - hit.to(log_probs.dtype)).to(logits.dtype)
+
+
+@functools.cache
+def _gradient_on(device_type: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """How a device gets the gradient: on CUDA the softmax would else cross the memory five times."""
+    return torch.compile(_fused_nll_and_gradient, dynamic=False) if device_type == "cuda" else _nll_and_gradient
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, summed in total's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":  # the product never exists in the lower precision
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 class _SumLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype) -> Tensor:
@@ -49,19 +83,16 @@ class _SumLoss(torch.autograd.Function):
         grad_w = torch.zeros(weight.shape, dtype=high, device=weight.device) if train_w else None
         ctx.dtypes = hidden.dtype, weight.dtype
         total = torch.zeros((), dtype=high, device=x.device)
-        steps = chunks(len(x), len(w), chunk, x.device)
+        steps, gradient = chunks(len(x), len(w), chunk, x.device), _gradient_on(x.device.type)
         logits = x.new_empty(min(steps.step, len(x)), len(w))
         for start in steps:
             part = slice(start, start + steps.step)
-            nll, probs = _nll_and_probs(torch.mm(x[part], w.T, out=logits[: len(x[part])]), target[part])
+            nll, grad = gradient(torch.mm(x[part], w.T, out=logits[: len(x[part])]), target[part])
             total += nll.masked_fill(ignored[part], 0.0).sum()
-            grad = probs.scatter_add_(1, target[part], probs.new_full((), -1.0).expand_as(nll)).to(dtype)
             if grad_x is not None:
                 torch.mm(grad, w, out=grad_x[part])
-            if grad_w is not None and dtype == high:
-                grad_w.addmm_(grad.T, x[part])
-            elif grad_w is not None:
-                grad_w += grad.T @ x[part]
+            if grad_w is not None:
+                _add_product(grad_w, grad.T, x[part])
         if grad_x is not None:
             grad_x.masked_fill_(ignored, 0.0)
         ctx.grad_hidden, ctx.grad_weight = grad_x, grad_w

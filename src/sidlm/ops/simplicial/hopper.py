@@ -1,6 +1,7 @@
-"""2-simplicial attention on Hopper: the Gluon kernels where they can run, the portable ones for the rest.
+"""2-simplicial attention on Hopper: kernels for it where they can run, the portable ones for the rest.
 
-The Gluon kernels take head dimensions 64 and 128 and a shorter window of at most 64, both forms.
+They take head dimensions 64 and 128 and a shorter window of at most 64, both forms. Those of hopper_wide.py, in CUDA
+C++, take what goes over virtual queries in groups of 16, 32, ... heads; the others are written in Gluon.
 """
 
 import torch
@@ -11,6 +12,7 @@ from sidlm.ops.simplicial import (
     hopper_backward_queries,
     hopper_forward,
     hopper_tiles,
+    hopper_wide,
     portable,
     prepare,
 )
@@ -18,7 +20,7 @@ from sidlm.ops.simplicial.triton_backward_keys import difference
 
 
 def takes(p: prepare.Problem, scale: float, doc_ids: Tensor | None) -> bool:
-    """Whether the Gluon kernels can run this problem.
+    """Whether the kernels for Hopper can run this problem.
 
     A tile of rows that spans queries may span documents, and would multiply the NaN of one by the zeros of another.
     """
@@ -41,7 +43,8 @@ def forward(
     p = _problem(q, k, v, k2, v2, w1, w2, form, k2_bias, v2_bias)
     if not takes(p, scale, doc_ids):
         return portable.forward(q, k, v, k2, v2, w1, w2, form, scale, k2_bias, v2_bias, doc_ids, dtype)
-    return hopper_forward.launch(p, scale, prepare.reach(doc_ids, q.shape[1]), dtype)
+    run = hopper_wide.forward if hopper_wide.takes(p) else hopper_forward.launch
+    return run(p, scale, prepare.reach(doc_ids, q.shape[1]), dtype)
 
 
 def backward(
@@ -61,8 +64,11 @@ def backward(
     delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
     portable.plan_delta(grad_out, grad_lse, out, delta).run()
     reach = prepare.reach(doc_ids, q.shape[1])
-    dq = hopper_backward_queries.launch(p, scale, grad_out, lse, delta, reach, dtype)
-    dq = difference(p, list(dq)).to(dtype or q.dtype) if p.determinant else dq[0]
+    if hopper_wide.takes(p) and not p.determinant:
+        dq = hopper_wide.backward(p, scale, grad_out, lse, delta, reach, dtype)
+    else:
+        dq = hopper_backward_queries.launch(p, scale, grad_out, lse, delta, reach, dtype)
+        dq = difference(p, list(dq)).to(dtype or q.dtype) if p.determinant else dq[0]
     last = None
     if doc_ids is not None:
         first, last = (x[:, -p.k2.shape[1] :] for x in prepare.extents(doc_ids, q.shape[1]))

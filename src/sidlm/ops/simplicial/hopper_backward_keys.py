@@ -40,7 +40,6 @@ from sidlm.ops.simplicial.hopper_tiles import (
     thread_barrier,
     virtual_cross,
     virtual_queries,
-    widen,
 )
 from sidlm.ops.simplicial.prepare import LOG2E, Launch, Problem, next_power
 from sidlm.ops.simplicial.triton_backward_keys import difference
@@ -189,8 +188,7 @@ def _prepare(
             delta_smem.index(slot).store(gl.where(inside, delta, 0.0))
             thread_barrier()
     if DETERMINANT:
-        qa = widen(qb_smem.index(slot).load(wide))
-        u.store(virtual_cross(qa, widen(q.load(wide)), widen(k2b)[None, :], widen(k2)[None, :], u.dtype))
+        u.store(virtual_cross(qb_smem.index(slot).load(wide), q.load(wide), k2b[None, :], k2[None, :]))
     else:
         u.store(virtual_queries(q.load(wide), k2[None, :], k2_bias, K2_BIAS))
     fence_async_shared()

@@ -108,14 +108,14 @@ def _form(
     dtype: gl.constexpr = u_smem.dtype
     layout: gl.constexpr = gl.BlockedLayout([64 // BS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
     b = bg // G
-    k2 = load_offsets(k2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout).to(gl.float32)
+    k2 = load_offsets(k2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
     v2 = load_offsets(v2_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout).to(gl.float32)
     if DETERMINANT:
-        k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout).to(gl.float32)
+        k2b = load_offsets(k2b_ptr, first, b, bg % G, T, S2, R, G, BS, D, MANY, layout)
         qb = load_pairs(qb_ptr, first, b, bg % G, T, R, G, BS, D, layout)
-        u = virtual_cross(q, qb, k2, k2b, dtype)
+        u = virtual_cross(q, qb, k2, k2b)
     else:
-        u = (q.to(gl.float32) * (k2 + k2_bias)).to(dtype)
+        u = (q.to(gl.float32) * (k2.to(gl.float32) + k2_bias)).to(dtype)
     u_smem.index(place).store(gl.reshape(u, [64, D]))
     o = d_out.to(gl.float32) * (v2 + v2_bias)
     u_smem.index(place + 1).store(gl.reshape(o.to(dtype), [64, D]))

@@ -113,7 +113,7 @@ def _combine(
     u_smem, q, qb, k2, k2b, k2_bias,
     D: gl.constexpr, BS: gl.constexpr, DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr,
 ):  # fmt: skip
-    u = virtual_cross(q, qb, k2, k2b, u_smem.dtype) if DETERMINANT else virtual_queries(q, k2, k2_bias, K2_BIAS)
+    u = virtual_cross(q, qb, k2, k2b) if DETERMINANT else virtual_queries(q, k2, k2_bias, K2_BIAS)
     u_smem.store(gl.reshape(u, [64, D]))
 
 

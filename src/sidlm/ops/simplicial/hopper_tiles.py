@@ -161,21 +161,15 @@ def virtual_queries(q, k2, k2_bias, K2_BIAS: gl.constexpr):
 
 @gluon.jit
 @no_type_check
-def virtual_cross(qa, qb, k2a, k2b, dtype: gl.constexpr):
-    """u of the determinant form from permuted copies, in float32 and rounded once: the same u in every kernel."""
-    return (k2a.to(gl.float32) * qb.to(gl.float32) - k2b.to(gl.float32) * qa.to(gl.float32)).to(dtype)
-
-
-@gluon.jit
-@no_type_check
-def widen(x):
-    """x in float32. A bfloat16 is the upper half of one: an instruction, where the compiler takes three for two."""
-    if x.dtype == gl.bfloat16:
-        halves: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        wide = gl.inline_asm_elementwise(halves, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+def virtual_cross(qa, qb, k2a, k2b):
+    """u of the determinant form from permuted copies, k2a qb - k2b qa: the same roundings in every kernel."""
+    if qa.dtype == gl.bfloat16:
+        cross: gl.constexpr = "{.reg .b32 t; mul.bf16x2 t, $3, $4; neg.bf16x2 t, t; fma.rn.bf16x2 $0, $1, $2, t;}"
     else:
-        wide = x.to(gl.float32)
-    return wide
+        cross: gl.constexpr = "{.reg .b32 t; mul.f16x2 t, $3, $4; neg.f16x2 t, t; fma.rn.f16x2 $0, $1, $2, t;}"
+    k2a, qb = gl.broadcast(k2a, qb)
+    k2b, qa = gl.broadcast(k2b, qa)
+    return gl.inline_asm_elementwise(cross, "=r,r,r,r,r", [k2a, qb, k2b, qa], dtype=qa.dtype, is_pure=True, pack=2)
 
 
 def gluon_type(x: Tensor) -> Any:

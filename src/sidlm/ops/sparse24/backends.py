@@ -157,5 +157,5 @@ def _choose(device: torch.device, dtype: torch.dtype, tokens: int, features: int
     if name == "dense" or tokens % multiple or features % multiple:
         return "dense"
     named = f"{op}={name}" in asked.replace(" ", "").split(",")
-    enough = crossover.tokens(torch.cuda.get_device_name(device), dtype == FP8, features)
-    return name if named or tokens >= enough else "dense"
+    enough = crossover.nearest(torch.cuda.get_device_name(device), dtype == FP8, features)
+    return name if named or tokens >= enough.tokens else "dense"

@@ -14,8 +14,11 @@ class Crossover(NamedTuple):
     features: int
     width: int
     """d of x and of the result"""
+    inference: int
+    """the smallest number measured at which products with packed activations are faster, and at all above, where
+    nothing is kept for gradients"""
     tokens: int
-    """the smallest number measured at which products with packed activations are faster, and at all above"""
+    """the same for a forward and a backward pass"""
     weights: int
     """the same for gradients of the weights, for which activations are transposed and packed anew"""
 
@@ -25,30 +28,20 @@ NEVER = 1 << 62
 
 TABLE: tuple[Crossover, ...] = (
     # benchmarks/results/sparse24_h200_layers.json, of which benchmarks/sparse24.py --replot prints them
-    Crossover("NVIDIA H200", False, 21504, 4096, 1024, 2048),
-    Crossover("NVIDIA H200", True, 21504, 4096, 1024, 8192),
+    Crossover("NVIDIA H200", False, 21504, 4096, 512, 2048, 2048),
+    Crossover("NVIDIA H200", True, 21504, 4096, 1024, 2048, 8192),
 )
 
 ASSUMED = 4096
 """tokens, where nothing was measured"""
 
 
-def _nearest(device: str, fp8: bool, features: int) -> Crossover:
+def nearest(device: str, fp8: bool, features: int) -> Crossover:
     """The entry for this device and precision whose features are nearest, or what is assumed.
 
     What packing costs for each product falls with the layer's width: of layers with less than half of the features of
     one that was measured that one says nothing.
     """
     known = [x for x in TABLE if (x.device, x.fp8) == (device, fp8) and x.features <= 2 * features]
-    assumed = Crossover(device, fp8, features, 0, ASSUMED, ASSUMED)
+    assumed = Crossover(device, fp8, features, 0, ASSUMED, ASSUMED, ASSUMED)
     return min(known, key=lambda x: abs(x.features - features), default=assumed)
-
-
-def tokens(device: str, fp8: bool, features: int) -> int:
-    """From how many tokens on activations are packed."""
-    return _nearest(device, fp8, features).tokens
-
-
-def weights(device: str, fp8: bool, features: int) -> int:
-    """From how many tokens on gradients of the weights are sparse products."""
-    return _nearest(device, fp8, features).weights

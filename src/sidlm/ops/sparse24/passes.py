@@ -90,12 +90,15 @@ def backward(
     if not on:
         dw_up, dw_down = steps.dense_matmul(dact.T, x.T, fp8), steps.dense_matmul(g.T, act.T, fp8)
         return dx, dw_up, dw_down, x.new_zeros(2, dtype=torch.float32)
+    exact = steps.exact_gradients(act, dact, g, x, fp8)
+    if exact is not None:
+        return dx, *exact, x.new_zeros(2, dtype=torch.float32)
     assert kept.counts is not None
     counts = steps.counted(act, kept.counts)
     features = steps.split(counts, recipe.dense_features, len(x))
     dw_down, of_act = _weight_gradient(steps, act, g, "value", features, True, recipe)
     dw_up, of_dact = _weight_gradient(steps, dact, x, "magnitude", features, False, recipe)
-    return dx, dw_up, dw_down, torch.stack((_dropped(of_act), _dropped(of_dact)))
+    return dx, dw_up, dw_down, _dropped(torch.stack((of_act, of_dact), 1))
 
 
 def _dense_gradients(
@@ -135,5 +138,5 @@ def _weight_gradient(
 
 
 def _dropped(totals: Tensor) -> Tensor:
-    """Share of totals[0] non-zeros that is not among the totals[1] kept: float32 (), 0 of none."""
+    """Share of totals[0] (...) non-zeros that is not among the totals[1] kept: float32 (...), 0 of none."""
     return (totals[0] - totals[1]) / totals[0].clamp_min(1)

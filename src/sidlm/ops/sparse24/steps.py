@@ -77,6 +77,9 @@ class Steps(NamedTuple):
     """(left (T, F), right (T, n), by, split, perm int64 (T,), turned, fp8) -> left.T @ right, or turned
     right.T @ left, with left made 2:4 sparse along tokens but for the dense features; and totals as of
     `transpose_pack`. None where that is better done by the functions above"""
+    exact_gradients: Callable[[Any, Any, Tensor, Tensor, bool], tuple[Tensor, Tensor] | None] = lambda *_: None
+    """(act as `opened` returns it, dact (T, F), g (T, d_out), x (T, d), fp8) -> gradients of w_up and w_down of which
+    no selection along tokens drops anything, where that is faster; else None"""
     pack_up: Callable[[Tensor, Tensor, bool, bool], tuple[Packed, Tensor] | None] | None = None
     """(x (T, d), w_up (F, d), fp8, count) -> act and counts of `pack_activation` of their product, counts not written
     unless count is true; None where the two steps are to be taken"""

@@ -170,7 +170,7 @@ def of_features(
     return counts, bits
 
 
-def largest_of_features(p: Packed, layout: str = "plain") -> Tensor:
+def largest_of_features(p: Packed, layout: str | None = "plain") -> Tensor:
     """Bits (int32) of the largest magnitude of each feature of p (T, F) in e4m3, scaled; NaN if there is one."""
     _, bits = of_features(p, layout, count=False)
     assert bits is not None

@@ -1,8 +1,8 @@
 """Operands of the weight gradients for dense products: of every four tokens of a feature two, the others zero.
 
-The selection is that of triton_transpose.py, and so is the function; only nothing is packed. In 16 bits a dense product
-reads a matrix as it lies, so tokens keep their places, and which four are neighbours is all that their order says: the
-result is (T, F). In fp8 it is (F, T'), in the order of the tokens, as tensor cores want e4m3.
+The selection is that of triton_transpose.py, and so is the function; only the result is not packed. In 16 bits a dense
+product reads a matrix as it lies, so tokens keep their places, and which four are neighbours is all that their order
+says: the result is (T, F). In fp8 it is (F, T'), in the order of the tokens, as tensor cores want e4m3.
 
 A program has BQ times four tokens and BG groups of four features.
 """
@@ -45,18 +45,13 @@ def load_tokens(
     scale = 1.0
     if FP8:
         scale = tl.load(scale_ptr + row, mask=inside, other=0.0)
-    if BYTE is None:
-        c = first_group * 4 + tl.arange(0, 4 * BG)[None, :]
-        v = tl.load(values_ptr + row * F + c, mask=inside & (c < F), other=0.0)
-        return quads(in_lanes(v, scale, FP8, PACKED), BQ, 4 * BG)
-    else:
-        c = first_group * 2 + tl.arange(0, 2 * BG)[None, :]
-        c_bytes = first_group // 2 + tl.arange(0, BG // 2)[None, :]
-        v = tl.load(values_ptr + row * (F // 2) + c, mask=inside & (c < F // 2), other=0.0)
-        place = BYTE(row if WIDE else row.to(tl.int32), c_bytes, T, F)
-        metadata = tl.load(metadata_ptr + place, mask=inside & (c_bytes < F // 8), other=0)
-        low, high = tl.split(tl.reshape(in_lanes(v, scale, FP8, PACKED), [BQ, BG, 2]))
-        return spread(low, high, to_nibbles(metadata, BQ, BG), PACKED)
+    c = first_group * 2 + tl.arange(0, 2 * BG)[None, :]
+    c_bytes = first_group // 2 + tl.arange(0, BG // 2)[None, :]
+    v = tl.load(values_ptr + row * (F // 2) + c, mask=inside & (c < F // 2), other=0.0)
+    place = BYTE(row if WIDE else row.to(tl.int32), c_bytes, T, F)
+    metadata = tl.load(metadata_ptr + place, mask=inside & (c_bytes < F // 8), other=0)
+    low, high = tl.split(tl.reshape(in_lanes(v, scale, FP8, PACKED), [BQ, BG, 2]))
+    return spread(low, high, to_nibbles(metadata, BQ, BG), PACKED)
 
 
 @triton.jit
@@ -76,7 +71,7 @@ def thin_kernel(
     F: tl.constexpr, BYTE: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MAGNITUDE: tl.constexpr,
     FP8: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """(T, F), packed or, without BYTE, not -> out (T, F), or, in fp8, (F, LENGTH) and its scale (F,).
+    """Packed (T, F) -> out (T, F), or, in fp8, (F, LENGTH) and its scale (F,).
 
     Features f with dense[f] keep all their tokens.
     """
@@ -134,13 +129,13 @@ def thin_kernel(
 
 def plan(
     p: Packed, dense: Tensor, perm: Tensor, bits: Tensor | None, out: Tensor, scale: Tensor | None, totals: Tensor,
-    by: str, layout: str | None, arch: str,
+    by: str, layout: str, arch: str,
 ) -> Launch:  # fmt: skip
     """The launch that fills out, its scale and totals; meta tensors will do to compile it."""
-    T, F, fp8 = len(perm), p.values.shape[1] * (1 if layout is None else 2), bits is not None
+    T, F, fp8 = len(perm), 2 * p.values.shape[1], bits is not None
     BQ, BG = (16, 32) if fp8 else (8, 64)
     constants = {
-        "F": F, "BYTE": None if layout is None else byte_of(layout, T, F), "WIDE": wide(T, F),
+        "F": F, "BYTE": byte_of(layout, T, F), "WIDE": wide(T, F),
         "PACKED": in_pairs(arch, torch.bfloat16 if fp8 else p.values.dtype), "MAGNITUDE": by == "magnitude",
         "FP8": fp8, "BQ": BQ, "BG": BG,
     }  # fmt: skip
@@ -154,16 +149,16 @@ def plan(
 
 
 def thinned(
-    p: Packed, is_dense: Tensor, perm: Tensor, by: str, layout: str | None = "plain", bits: Tensor | None = None,
+    p: Packed, is_dense: Tensor, perm: Tensor, by: str, layout: str = "plain", bits: Tensor | None = None,
     multiple: int = 16,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """p (T, F) with zeros where packing along tokens drops it, but for features f with is_dense[f], uint8 (F,).
 
     (T, F) in the order of p; in fp8, which bits (F,) of the features' largest magnitudes go with, e4m3 (F, T') in the
     order of perm (T,), T' a multiple of `multiple`, and the scale (F,), else None. Then int32 totals (2,): non-zeros of
-    the other features, and how many of them are kept. by is "value" or "magnitude"; without a layout p is not packed.
+    the other features, and how many of them are kept. by is "value" or "magnitude".
     """
-    T, F = len(perm), p.values.shape[1] * (1 if layout is None else 2)
+    T, F = len(perm), 2 * p.values.shape[1]
     if bits is None:
         out, scale = p.values.new_empty(T, F), None
     else:
@@ -172,9 +167,9 @@ def thinned(
     totals = torch.zeros(2, dtype=torch.int32, device=out.device)
     if out.numel():
         arch = target(out.device)
-        if bits is not None and layout in (None, "plain") and in_pairs(arch, torch.bfloat16):
+        if bits is not None and layout == "plain" and in_pairs(arch, torch.bfloat16):
             assert scale is not None
-            triton_turn.plan(p, is_dense, perm, bits, out, None, scale, totals, by, layout is not None).run()
+            triton_turn.plan(p, is_dense, perm, bits, out, None, scale, totals, by).run()
         else:
             plan(p, is_dense, perm, bits, out, scale, totals, by, layout, arch).run()
     return out, scale, totals

@@ -170,10 +170,10 @@ def transpose_dense_kernel(
 @triton.jit
 @no_type_check
 def transpose_rows_kernel(
-    x_ptr, perm_ptr, bits_ptr, out_ptr, out_scale_ptr, T, D, LENGTH,
-    FP8: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x_ptr, scale_ptr, perm_ptr, bits_ptr, out_ptr, out_scale_ptr, T, D, LENGTH,
+    SCALED: tl.constexpr, FP8: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """x (T, D) -> (D, LENGTH)."""
+    """x (T, D), SCALED: times a factor for each row -> (D, LENGTH)."""
     tiles = tl.cdiv(D, BD)
     first_token = tl.program_id(0) // tiles * BT
     d, t = tl.program_id(0) % tiles * BD + tl.arange(0, BD), first_token + tl.arange(0, BT)
@@ -182,7 +182,10 @@ def transpose_rows_kernel(
     if FP8:
         scale, inverse = power_of_two(tl.load(bits_ptr + d, mask=d < D, other=0))
         tl.store(out_scale_ptr + d, scale, mask=(d < D) & (first_token == 0))
-        x = x.to(tl.float32) * inverse[None, :]
+        x = x.to(tl.float32)
+        if SCALED:
+            x = x * tl.load(scale_ptr + row, mask=(t < T)[:, None], other=0.0)
+        x = x * inverse[None, :]
     out = out_ptr + d[:, None].to(tl.int64) * LENGTH + t[None, :]
     tl.store(out, tl.trans(x.to(out_ptr.dtype.element_ty)), mask=(d < D)[:, None] & (t < LENGTH)[None, :])
 
@@ -230,15 +233,17 @@ def plan_dense(
     return Launch(transpose_dense_kernel, -(-n // BN) * -(-length // BT), args, constants, 4)
 
 
-def plan_rows(x: Tensor, perm: Tensor, bits: Tensor | None, out: Tensor, scale: Tensor | None) -> Launch:
+def plan_rows(
+    x: Tensor, x_scale: Tensor | None, perm: Tensor, bits: Tensor | None, out: Tensor, scale: Tensor | None
+) -> Launch:
     """The launch that fills out (d, T') and its scale; meta tensors will do to compile it."""
     d, length = out.shape
     BT, BD = 128, 64
     args = {
-        "x_ptr": x, "perm_ptr": perm, "bits_ptr": bits, "out_ptr": out, "out_scale_ptr": scale, "T": len(perm), "D": d,
-        "LENGTH": length,
+        "x_ptr": x, "scale_ptr": x_scale, "perm_ptr": perm, "bits_ptr": bits, "out_ptr": out, "out_scale_ptr": scale,
+        "T": len(perm), "D": d, "LENGTH": length,
     }  # fmt: skip
-    constants = {"FP8": bits is not None, "BT": BT, "BD": BD}
+    constants = {"SCALED": x_scale is not None, "FP8": bits is not None, "BT": BT, "BD": BD}
     return Launch(transpose_rows_kernel, -(-d // BD) * -(-length // BT), args, constants, 4)
 
 
@@ -281,7 +286,7 @@ def transpose_pack(
         to[features] = torch.arange(n, dtype=torch.int32, device=features.device)
         if fp8 and layout == "plain" and in_pairs(arch, torch.bfloat16):
             assert bits is not None and out.scale is not None
-            triton_turn.plan(p, to, perm, bits, out.values, out.metadata, out.scale, totals, by, True).run()
+            triton_turn.plan(p, to, perm, bits, out.values, out.metadata, out.scale, totals, by).run()
         else:
             plan_pack(p, to, perm, bits if fp8 else None, out, totals, by, layout, arch).run()
     return out, totals
@@ -307,11 +312,17 @@ def transpose_dense(
     return out, scale
 
 
-def transpose_rows(x: Tensor, perm: Tensor, length: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
-    """x[perm].T with zeros up to length (d, length), for x (T, d); in fp8 with a scale for each of its rows."""
+def transpose_rows(
+    x: Tensor, perm: Tensor, length: int, fp8: bool, x_scale: Tensor | None = None, bits: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x[perm].T with zeros up to length (d, length), for x (T, d); in fp8 with a scale for each of its rows.
+
+    x may be e4m3 with a scale (T,), and then bits (d,) are those of the largest magnitudes of its scaled columns.
+    """
     _check_length(length, len(perm), 1)
     x, d = x.contiguous(), x.shape[1]
     out, scale = x.new_empty(d, length, dtype=FP8 if fp8 else x.dtype), _scale(d, x, fp8)
     if out.numel():
-        plan_rows(x, perm, largest_of_columns(x) if fp8 else None, out, scale).run()
+        bits = largest_of_columns(x) if fp8 and bits is None else bits
+        plan_rows(x, x_scale, perm, bits, out, scale).run()
     return out, scale

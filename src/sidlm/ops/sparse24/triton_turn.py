@@ -190,10 +190,10 @@ def four_columns(x, G: tl.constexpr):
 def turn_kernel(
     words_ptr, metadata_ptr, scale_ptr, table_ptr, perm_ptr, to_ptr, bits_ptr, out_ptr, out_metadata_ptr,
     out_scale_ptr, totals_ptr, T, out_stride,
-    F: tl.constexpr, PACKED_IN: tl.constexpr, THIN: tl.constexpr, PTX: tl.constexpr, CONSTRAINTS: tl.constexpr,
+    F: tl.constexpr, THIN: tl.constexpr, PTX: tl.constexpr, CONSTRAINTS: tl.constexpr,
     BO: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """e4m3 (T, F), packed (values as int32, four of eight columns) or not (four columns) -> int32 rows of features.
+    """Packed e4m3 (T, F), values as int32, four of eight columns -> int32 rows of features.
 
     THIN: (F, T' / 4), all tokens of features f with to[f] != 0; else values (n, T' / 8) and metadata (n, T' / 8),
     feature f in row to[f] if that is not negative. A program has BO octets of tokens and BG groups of features.
@@ -216,20 +216,14 @@ def turn_kernel(
         scale = tl.load(scale_ptr + row, mask=inside, other=0.0)  # [BO, 1]
         exponents = exponents + (tl.where(scale == scale, (scale.to(tl.int32, bitcast=True) >> 23) - 127, -127),)
         valid = valid + (scale == scale,)
-        if PACKED_IN:
-            u = first_group // 2 + tl.arange(0, BG // 2)[None, :]
-            mask = inside & (u < F // 8)
-            v = tl.load(words_ptr + row * (F // 8) + u, mask=mask, other=0)
-            metadata = tl.load(metadata_ptr + row * (F // 8) + u, mask=mask, other=0x44).to(tl.int32)
-            select = tl.load(table_ptr + metadata)
-            one = tl.inline_asm_elementwise(_prmt(), "=r,r,r", [v, select], dtype=tl.int32, is_pure=True, pack=1)
-            other = tl.inline_asm_elementwise(
-                _prmt(), "=r,r,r", [v, select >> 16], dtype=tl.int32, is_pure=True, pack=1
-            )
-            words = words + (tl.reshape(tl.join(one, other), [BO, BG]),)
-        else:
-            g = first_group + tl.arange(0, BG)[None, :]
-            words = words + (tl.load(words_ptr + row * (F // 4) + g, mask=inside & (g < F // 4), other=0),)
+        u = first_group // 2 + tl.arange(0, BG // 2)[None, :]
+        mask = inside & (u < F // 8)
+        v = tl.load(words_ptr + row * (F // 8) + u, mask=mask, other=0)
+        metadata = tl.load(metadata_ptr + row * (F // 8) + u, mask=mask, other=0x44).to(tl.int32)
+        select = tl.load(table_ptr + metadata)
+        one = tl.inline_asm_elementwise(_prmt(), "=r,r,r", [v, select], dtype=tl.int32, is_pure=True, pack=1)
+        other = tl.inline_asm_elementwise(_prmt(), "=r,r,r", [v, select >> 16], dtype=tl.int32, is_pure=True, pack=1)
+        words = words + (tl.reshape(tl.join(one, other), [BO, BG]),)
     top = tl.maximum(tl.maximum(exponents[0], exponents[1]), tl.maximum(exponents[2], exponents[3]))
     top = tl.maximum(top, tl.maximum(exponents[4], exponents[5]))
     top = tl.maximum(top, tl.maximum(tl.maximum(exponents[6], exponents[7]), -126))
@@ -297,17 +291,17 @@ def both_halves(x):
 
 def plan(
     p: Packed, to: Tensor, perm: Tensor, bits: Tensor, out: Tensor, out_metadata: Tensor | None, scale: Tensor,
-    totals: Tensor, by: str, packed: bool,
+    totals: Tensor, by: str,
 ) -> Launch:  # fmt: skip
     """The launch that fills out, e4m3 (n, T' / 2), and its metadata, or, without that, out (F, T'); its scale; totals.
 
-    p (T, F) is packed, plainly, or not. to (F,): int32, the row of each feature, or -1; or uint8, not 0 where all is
+    p (T, F) is packed, plainly. to (F,): int32, the row of each feature, or -1; or uint8, not 0 where all is
     kept.
     """
-    T, F, thin = len(perm), p.values.shape[1] * (2 if packed else 1), out_metadata is None
+    T, F, thin = len(perm), 2 * p.values.shape[1], out_metadata is None
     BO, BG = (16, 32) if thin else (32, 32)
     constants = {
-        "F": F, "PACKED_IN": packed, "THIN": thin, "PTX": octet_ptx(by == "magnitude", thin),
+        "F": F, "THIN": thin, "PTX": octet_ptx(by == "magnitude", thin),
         "CONSTRAINTS": _constraints(thin), "BO": BO, "BG": BG,
     }  # fmt: skip
     words = out.view(torch.int32)

@@ -1,0 +1,259 @@
+"""The study of token efficiency: many small training runs at once on one or more GPUs, or on a CPU.
+
+    python benchmarks/token_efficiency.py --data FOLDER --out FOLDER [--seconds 520] [--done cells.jsonl ...]
+        [--workers 10] [--million 1000000] [--groups core noise ...] [--list] [--toy]
+
+--data holds train-*.jsonl.zst, valid.jsonl.zst, tokenizer-16k.json and, if answers are to be scored, tasks/*.jsonl
+(`python benchmarks/token_data.py` makes such a folder). Every cell (`_token_cells.py`) is `sid train` in one of
+--workers processes for each GPU. OUT/cells.jsonl gets a line as soon as a cell ends: variant, params, tokens, seed,
+loss, flops, seconds, losses by domain, the curve, the command that trains the same model again. After --seconds
+nothing goes on, and cells that were cut off are in the file as such; then --speed-seconds are for timing models alone.
+--done names results of earlier calls, whose finished cells are not run again. --list prints the plan.
+
+On one H200 beside nothing else, the folder of data made by token_data.py:
+
+    export TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 PYTHONPATH=src
+    python benchmarks/token_efficiency.py --data FOLDER --out OUT --seconds 455 --speed-seconds 60 --workers 12
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import _token_cells as cells
+from _token_cells import Cell
+from _token_worker import serve, settings_of
+
+OVERHEAD = 15.0
+"""Seconds of a cell that do not depend on its length: building, tracing, saving, scoring."""
+
+
+class Results:
+    """cells.jsonl, a line for each cell that ended, whatever its end; and the log."""
+
+    def __init__(self, out: Path, done: list[Path]):
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = (out / "cells.jsonl").open("a", encoding="utf-8")
+        self.log = (out / "log.txt").open("a", encoding="utf-8")
+        self.started = time.monotonic()
+        lines = [
+            line for path in (*done, out / "cells.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        self.finished = {row["name"] for row in map(json.loads, lines) if row["status"] == "done"}
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def say(self, line: str) -> None:
+        line = f"{time.monotonic() - self.started:6.1f} {line}"
+        print(line, flush=True)
+        self.log.write(line + "\n")
+        self.log.flush()
+
+
+@dataclasses.dataclass
+class Worker:
+    """One process and what it is at."""
+
+    process: Any
+    connection: Connection
+    gpu: int
+    cell: Cell | None = None
+    compile: bool = True
+    since: float = 0.0
+    curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class Pool:
+    """Hands cells to the workers in order until the time is up."""
+
+    def __init__(self, args: argparse.Namespace, queue: list[Cell], results: Results, gpus: int, workers: int):
+        self.args, self.queue, self.results = args, queue, results
+        self.context = multiprocessing.get_context("spawn")
+        self.factors: dict[str, list[float]] = defaultdict(list)
+        self.retries: list[Cell] = []
+        self.workers = [self.start(i % max(1, gpus)) for i in range(workers * max(1, gpus))]
+        self.end = 0.0
+
+    def start(self, gpu: int) -> Worker:
+        ours, theirs = self.context.Pipe()
+        settings = settings_of(self.args)
+        process = self.context.Process(target=serve, args=(theirs, gpu, settings), daemon=True)
+        process.start()
+        theirs.close()
+        return Worker(process, ours, gpu)
+
+    def estimate(self, cell: Cell) -> float:
+        """Seconds that a cell takes among the others, learned from those of its size that ended, else from all."""
+        known = self.factors[cell.size] or [f for found in self.factors.values() for f in found]
+        factor = statistics.median(known) if known else 0.7 * self.args.workers
+        return OVERHEAD + factor * cells.cost(cell)
+
+    def next(self) -> tuple[Cell, bool] | None:
+        """The next cell that fits in the time left, and whether to compile it."""
+        left = self.end - time.monotonic()
+        for queue, compiled in ((self.retries, False), (self.queue, True)):
+            for cell in queue:
+                if self.estimate(cell) < left:
+                    queue.remove(cell)
+                    return cell, compiled
+        return None
+
+    def assign(self, worker: Worker) -> bool:
+        found = self.next()
+        if found is None:
+            return False
+        worker.cell, worker.compile = found
+        worker.since, worker.curve = time.monotonic(), []
+        worker.connection.send(found)
+        return True
+
+    def run(self, end: float) -> None:
+        """Until nothing is left to do, or no time is left to do it in before `end`."""
+        self.end = end
+        for worker in self.workers:
+            self.assign(worker)
+        while any(w.cell for w in self.workers) and time.monotonic() < self.end:
+            busy = {w.connection: w for w in self.workers if w.cell}
+            for connection in wait(list(busy), timeout=max(0.0, min(5.0, self.end - time.monotonic()))):
+                self.listen(busy[connection])  # type: ignore[index]
+        for worker in self.workers:
+            if worker.cell is not None:
+                self.end_cell(worker, {"status": "cut off by the time"})
+            worker.process.kill()
+        for worker in self.workers:
+            worker.process.join()
+        self.results.say(f"{len(self.queue) + len(self.retries)} cells were not started")
+
+    def listen(self, worker: Worker) -> None:
+        assert worker.cell is not None
+        try:
+            kind, value = worker.connection.recv()
+        except (EOFError, OSError):
+            kind, value = "failed", f"the process ended with {worker.process.exitcode}"
+        if kind == "curve":
+            worker.curve.append(value)
+        elif kind == "done":
+            wall = time.monotonic() - worker.since
+            self.factors[worker.cell.size].append(max(0.0, wall - OVERHEAD) / cells.cost(worker.cell))
+            self.end_cell(worker, {"status": "done"} | value)
+        else:
+            if worker.compile:
+                self.results.say(f"again without compiling: {worker.cell.name}: {value[-1500:]}")
+                self.retries.append(worker.cell)
+            else:
+                self.end_cell(worker, {"status": "failed", "error": value[-1500:]})
+            worker.process.kill()
+            self.workers.remove(worker)
+            worker = self.start(worker.gpu)
+            self.workers.append(worker)
+        if worker.cell is None:
+            self.assign(worker)
+
+    def end_cell(self, worker: Worker, row: dict[str, Any]) -> None:
+        cell = worker.cell
+        assert cell is not None
+        facts = dataclasses.asdict(cell) | {"name": cell.name, "compiled": worker.compile, "gpu": worker.gpu}
+        wall = time.monotonic() - worker.since
+        self.results.add(facts | {"wall": wall, "curve": worker.curve} | row)
+        self.results.say(f"{wall:6.1f} s {row['status']}: {cell.name}, loss {row.get('loss', worker.curve[-1:])}")
+        worker.cell = None
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Tokenise once, while the workers start."""
+    from _token_worker import config_of
+
+    from sidlm.data import Tokenizer, open_data
+
+    open_data(
+        config_of(plan_of(args)[0], settings_of(args), True).data, Tokenizer.load(args.data / "tokenizer-16k.json")
+    )
+
+
+def plan_of(args: argparse.Namespace) -> list[Cell]:
+    chosen = cells.toy() if args.toy else cells.plan(million=args.million)
+    chosen = [cell for cell in chosen if not args.groups or cell.group in args.groups]
+    return [cell for cell in chosen if not args.sizes or cell.size in args.sizes]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, help="folder for the runs, which are deleted as they end")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--speed-seconds", type=float, default=0.0, help="after that, of short runs alone on one GPU")
+    parser.add_argument("--workers", type=int, default=10, help="processes for each GPU")
+    parser.add_argument("--million", type=int, default=cells.MILLION, help="tokens that count as a million")
+    parser.add_argument("--groups", nargs="+", default=[])
+    parser.add_argument("--sizes", nargs="+", default=[])
+    parser.add_argument("--done", type=Path, nargs="*", default=[], help="cells.jsonl of earlier calls")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--shards", type=int, default=14, help="of the training text")
+    parser.add_argument("--characters", type=int, default=6000, help="of each of the 240 documents of the validation")
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    if not args.list and not (args.data and args.out):
+        parser.error("--data and --out are needed")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    queue = plan_of(args)
+    if args.list:
+        for cell in queue:
+            print(f"{cells.cost(cell):6.1f} s  {cell.group:9}{cell.name}")
+        print(f"{len(queue)} cells, {sum(map(cells.cost, queue)):.0f} s of one H200 by a rough guess")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "cells.jsonl").touch()
+    results = Results(args.out, [path for path in args.done if path.is_file()])
+    queue = [cell for cell in queue if cell.name not in results.finished]
+    with tempfile.TemporaryDirectory(dir=args.work, prefix="sid-study-") as work:
+        args.work = Path(work)
+        import torch
+
+        from sidlm.train import hardware
+
+        gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+        results.say(f"{len(queue)} cells, {len(results.finished)} finished before, {gpus} GPUs")
+        facts = hardware.environment(hardware.resolve_device(args.device))
+        facts |= {
+            "gpus": gpus,
+            "workers_per_gpu": args.workers,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        facts["command"] = " ".join(["python", "benchmarks/token_efficiency.py", *sys.argv[1:]])
+        (args.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+        pool = Pool(args, queue, results, gpus, args.workers)
+        prepare(args)
+        results.say("tokenised")
+        pool.run(results.started + args.seconds)
+        if args.speed_seconds:
+            end = time.monotonic() + args.speed_seconds
+            Pool(args, cells.speed(), results, min(gpus, 1), 1).run(end)
+        for log in sorted(Path(work).glob("*.log")):
+            shutil.copyfileobj(log.open(encoding="utf-8", errors="replace"), results.log)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
