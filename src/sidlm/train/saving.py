@@ -64,7 +64,7 @@ class Saver:
         if temporary is None:
             self._count(problem)
             return
-        written = dcp.async_save(
+        written: Any = dcp.async_save(
             {name: t.detach() for name, t in tensors.items()},
             storage_writer=dcp.FileSystemWriter(temporary / "tensors", single_file_per_rank=True, sync_files=True),
             process_group=self.messages,
