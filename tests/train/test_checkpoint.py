@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from collections import namedtuple
 
 import pytest
@@ -251,3 +252,12 @@ def test_a_full_disk_is_survived_and_said_until_it_is_too_much(tmp_path, monkeyp
     with pytest.raises(SidError, match=r"no disk space for step-00000004 .*2 in a row failed, checkpoint.max_failed=1"):
         saver.save(tensors(4), {"step": 4})
     assert checkpoint.newest_good(tmp_path).step == 2
+
+
+def test_an_error_in_training_waits_for_the_writer(tmp_path, monkeypatch):
+    write = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args, **kwargs: (time.sleep(0.3), write(*args, **kwargs))[1])
+    with pytest.raises(KeyError), Saver(tmp_path, CheckpointConfig(), Processes(), print) as saver:
+        saver.save(tensors(1), {"step": 1})
+        raise KeyError
+    assert names(tmp_path) == ["step-00000001"]

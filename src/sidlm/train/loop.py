@@ -135,7 +135,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
     else:
         log = NoLog()
     saver = Saver(out / "checkpoints", cfg.checkpoint, group, log.say)
-    with stop, log:
+    with stop, log, saver:
         log.say(headline(cfg, model, device, precision, meter, state, group))
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
@@ -191,13 +191,13 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             if stopping:
                 break
             started = time.perf_counter()
+        peak_memory = hardware.peak_memory_bytes(device)
+        finished = state.step == total_steps
+        if finished:
+            with in_use(average):
+                export(out, model, text, group, saver)
+        saver.finish(last=True)
 
-    peak_memory = hardware.peak_memory_bytes(device)
-    finished = state.step == total_steps
-    if finished:
-        with in_use(average):
-            export(out, model, text, group, saver)
-    saver.finish(last=True)
     if finished and group.first:
         write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
     return TrainResult(

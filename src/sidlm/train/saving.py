@@ -44,6 +44,13 @@ class Saver:
         # its messages must not mix with those of training; checkpoints are written from the memory of the CPU
         self.messages: Any = None if group.mesh is None else dist.new_group(backend="gloo", timeout=group.patience)
 
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let a checkpoint that was begun become whole, also after an error: the folder is another run's then."""
+        self.pool.shutdown()
+
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin checkpoint `step-<state["step"]>`: on return the tensors may change. Waits for the one before.
 
@@ -76,7 +83,7 @@ class Saver:
         self.jobs.append(self.pool.submit(job or (lambda: None)))
 
     def finish(self, *, last: bool = False) -> None:
-        """Wait for what was begun. last: begin nothing any more, and raise if the latest could not be written."""
+        """Wait for what was begun. last: raise SidError if the latest could not be written."""
         problem = None
         for job in self.jobs:
             try:
@@ -86,10 +93,8 @@ class Saver:
         if self.jobs:
             self._count(self.group.told(problem))
         self.jobs = []
-        if last:
-            self.pool.shutdown()
-            if self.problem is not None:
-                raise SidError(self.problem)
+        if last and self.problem is not None:
+            raise SidError(self.problem)
 
     def _count(self, problem: str | None) -> None:
         self.problem = problem and (self.problem or problem)
