@@ -3,13 +3,18 @@ import io
 import os
 import pickle
 import shutil
+import threading
+import time
 from collections import namedtuple
 
 import pytest
 import torch
 
 from sidlm.errors import SidError
-from sidlm.train import checkpoint
+from sidlm.train import checkpoint, saving
+from sidlm.train.config import CheckpointConfig
+from sidlm.train.processes import Processes
+from sidlm.train.saving import Saver
 
 
 def tensors(seed=0):
@@ -26,8 +31,11 @@ def zeros():
     return {name: torch.zeros_like(t) for name, t in tensors().items()}
 
 
-def save(folder, step, keep=3):
-    return checkpoint.save(folder, tensors(step), {"step": step, "note": "ü"}, keep=keep)
+def save(folder, step, keep=3, **state):
+    saver = Saver(folder, CheckpointConfig(keep=keep), Processes(), print)
+    saver.save(tensors(step), {"step": step, "note": "ü"} | state)
+    saver.finish(last=True)
+    return folder / f"step-{step:08d}"
 
 
 def names(folder):
@@ -123,7 +131,7 @@ def test_no_space_half_way(tmp_path, monkeypatch, where):
         if where == "tensors":  # inside torch's writer, which wraps it in an exception of its own
             patch.setattr(torch, "save", full)
         elif where == "state":
-            patch.setattr(checkpoint, "_write_json", full)
+            patch.setattr(saving, "write_json", full)
         else:
             patch.setattr(os, "fsync", full)
         with pytest.raises(SidError, match="no disk space for step-00000002"):
@@ -197,3 +205,59 @@ def test_the_index_cannot_name_files_elsewhere(tmp_path):
     index.write_bytes(pickle.dumps(metadata))
     with pytest.raises(SidError, match="outside the checkpoint"):
         checkpoint.load(checkpoint.Checkpoint(path, {"step": 1}), zeros())
+
+
+def test_the_policy_keeps_the_newest_every_third_and_the_best(tmp_path):
+    policy = CheckpointConfig(keep=2, keep_every=3, keep_best=1)
+    saver = Saver(tmp_path, policy, Processes(), print)
+    for step, loss in enumerate([5.0, 2.0, 3.0, 4.0, 4.0, 4.0, 4.0, 4.0], start=1):
+        saver.save(tensors(step), {"step": step, "valid": {"all": {"loss": loss}}})
+    saver.finish(last=True)
+    assert [int(name[5:]) for name in names(tmp_path)] == [2, 3, 6, 7, 8]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The copy is that of the moment of the call, and the call does not wait for the disk."""
+    may_write, write = threading.Event(), torch.save
+
+    def slow(*args, **kwargs):
+        assert may_write.wait(20)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", slow)
+    saver, now = Saver(tmp_path, CheckpointConfig(), Processes(), print), tensors(1)
+    saver.save(now, {"step": 1})
+    for t in now.values():
+        t.zero_()
+    assert not any(name.startswith("step") for name in names(tmp_path))
+    may_write.set()
+    saver.finish(last=True)
+    into = zeros()
+    checkpoint.load(checkpoint.newest_good(tmp_path), into)
+    assert all(torch.equal(into[name], t) for name, t in tensors(1).items())
+
+
+def test_a_full_disk_is_survived_and_said_until_it_is_too_much(tmp_path, monkeypatch):
+    said = []
+    saver = Saver(tmp_path, CheckpointConfig(max_failed=1), Processes(), said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(100, 90, 10))
+        saver.save(tensors(1), {"step": 1})
+        assert len(said) == 1 and "no disk space for step-00000001" in said[0] and "going on" in said[0]
+    saver.save(tensors(2), {"step": 2})
+    saver.finish()
+    assert names(tmp_path) == ["step-00000002"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 90, 10))
+    saver.save(tensors(3), {"step": 3})
+    with pytest.raises(SidError, match=r"no disk space for step-00000004 .*2 in a row failed, checkpoint.max_failed=1"):
+        saver.save(tensors(4), {"step": 4})
+    assert checkpoint.newest_good(tmp_path).step == 2
+
+
+def test_an_error_in_training_waits_for_the_writer(tmp_path, monkeypatch):
+    write = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args, **kwargs: (time.sleep(0.3), write(*args, **kwargs))[1])
+    with pytest.raises(KeyError), Saver(tmp_path, CheckpointConfig(), Processes(), print) as saver:
+        saver.save(tensors(1), {"step": 1})
+        raise KeyError
+    assert names(tmp_path) == ["step-00000001"]

@@ -20,6 +20,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +36,8 @@ from sidlm.errors import SidError
 
 FORMAT = 1
 _TEMPORARY = ".tmp-"
+ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"
+"""What DCP warns of where there is one process"""
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
@@ -61,48 +64,7 @@ class Checkpoint:
         return self.state["step"]
 
 
-# ---- writing ----
-
-
-def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> Path:
-    """Write checkpoint `step-<state["step"]>` into `folder`, then delete all but the `keep` newest up to that step.
-
-    tensors: any shapes and dtypes. state: JSON values, with "step". Raises SidError naming the folder and the bytes
-    where the disk is full; whatever fails, the checkpoints that were there stay and no half one gets a final name.
-
-    Of several processes all call it, each writes its parts of the tensors into the same folder, and the first one does
-    the rest.
-    """
-    step = state["step"]
-    target = folder / f"step-{step:08d}"
-    if _rank():
-        try:
-            _write_tensors(_agreed(None) / "tensors", tensors)
-        except CheckpointException as error:  # of any process; the first one has the whole story
-            raise SidError(f"could not write {target}") from error
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    need = sum(t.numel() * t.element_size() for t in tensors.values())
-    with replacing(target, need) as temporary:
-        _write_tensors(_agreed(temporary) / "tensors", tensors)
-        files = [_seal(path, temporary) for path in sorted((temporary / "tensors").iterdir())]
-        _write_json(temporary / "state.json", {"format": FORMAT, **state, "files": files})
-    for old in [path for number, path in _numbered(folder) if number <= step][keep:]:
-        _remove(old)
-    return target
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _agreed(path: Path | None) -> Path:
-    """The first process's path, on all of them."""
-    paths = [path]
-    if dist.is_initialized():
-        dist.broadcast_object_list(paths)
-    assert paths[0] is not None
-    return paths[0]
+# ---- writing: see saving.py ----
 
 
 @contextlib.contextmanager
@@ -154,7 +116,7 @@ def clean_up(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a checkpoint folder: renamed first, so that a kill half way leaves no half folder of a final name."""
     doomed = path.with_name(f"{_TEMPORARY}deleted-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -162,21 +124,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    with _quiet_single_process():
-        dcp.save(
-            {name: t.detach() for name, t in tensors.items()},
-            storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
-        )
-
-
-def _seal(path: Path, root: Path) -> dict[str, Any]:
+def seal(path: Path, root: Path) -> dict[str, Any]:
+    """A file's entry in state.json."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"path": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """JSON with its own SHA-256 as the last key."""
     text = json.dumps(value, indent=1, allow_nan=False)
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     path.write_text(text[:-2] + f',\n "sha256": "{digest}"\n}}\n', encoding="utf-8")
@@ -220,7 +176,7 @@ def newest_good(folder: Path, *, warn: Any = warnings.warn) -> Checkpoint | None
 
     Damaged ones are passed over with warn("<checkpoint>: <why>, trying the one before").
     """
-    for _, path in _numbered(folder):
+    for _, path in numbered(folder):
         try:
             return open_checkpoint(path)
         except SidError as error:
@@ -242,15 +198,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise SidError(f"{path}: state.json is unreadable ({error})") from error
     if path.name != f"step-{step:08d}":
         raise SidError(f"{path}: state.json is of step {step}")
-    for entry in files:
-        file = path / entry["path"]
-        if not file.is_file():
-            raise SidError(f"{path}: {entry['path']} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise SidError(f"{path}: {entry['path']} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}")
-        if _seal(file, path)["sha256"] != entry["sha256"]:
-            raise SidError(f"{path}: {entry['path']} has another SHA-256 than recorded")
+    with ThreadPoolExecutor(8) as pool:  # reading and hashing leave the interpreter free
+        for problem in pool.map(lambda entry: _damage(path, entry), files):
+            if problem:
+                raise SidError(f"{path}: {problem}")
     return Checkpoint(path, state)
+
+
+def _damage(root: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file that state.json names."""
+    file = root / entry["path"]
+    if not file.is_file():
+        return f"{entry['path']} is missing"
+    if file.stat().st_size != entry["bytes"]:
+        return f"{entry['path']} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+    if seal(file, root)["sha256"] != entry["sha256"]:
+        return f"{entry['path']} has another SHA-256 than recorded"
+    return None
 
 
 def load(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
@@ -273,7 +237,7 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
                 f"{checkpoint.path}: {name} is {tuple(found.size)} {_dtype(found.properties.dtype)} in the checkpoint "
                 f"and {tuple(tensor.shape)} {_dtype(tensor.dtype)} in the model"
             )
-    with _quiet_single_process():
+    with quiet_single_process():
         dcp.load({name: t.detach() for name, t in tensors.items()}, storage_reader=reader)
 
 
@@ -325,7 +289,7 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
+def numbered(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints in a folder, newest first."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -336,7 +300,8 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 @contextlib.contextmanager
-def _quiet_single_process() -> Iterator[None]:
+def quiet_single_process() -> Iterator[None]:
+    """Without DCP's warning that there is one process."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message=ONE_PROCESS)
         yield

@@ -133,6 +133,13 @@ class CheckpointConfig:
     """steps between checkpoints; one is also written at the end and on Ctrl-C or SIGTERM; 0 = only then"""
     keep: int = 2
     """newest checkpoints to keep"""
+    keep_every: int = 0
+    """also keep those of every so many steps, 0 = none"""
+    keep_best: int = 0
+    """also keep this many with the lowest validation loss"""
+    max_failed: int = 3
+    """give up after more than this many in a row that could not be written, as on a full disk; the last one of a run
+    must be written"""
     export_every: int = 0
     """steps between exports of the model to OUT/model (safetensors); it is always exported at the end; 0 = only then"""
 
@@ -217,6 +224,7 @@ def check(cfg: RunConfig) -> None:
     at_least = {
         "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 0, "train.log_every": 1,
         "train.max_skipped": 0, "train.max_skipped_in_a_row": 0, "checkpoint.every": 0, "checkpoint.keep": 1,
+        "checkpoint.keep_every": 0, "checkpoint.keep_best": 0, "checkpoint.max_failed": 0,
         "checkpoint.export_every": 0, "validation.every": 0, "validation.documents": 1, "validation.characters": 1,
         "validation.batch_size": 1,
         "samples.every": 0, "samples.max_new_tokens": 1, "samples.temperature": 0, "optim.eps": 0,

@@ -39,6 +39,7 @@ from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimiz
 from sidlm.train.processes import Processes
 from sidlm.train.recipe import anneal_steps
 from sidlm.train.report import write_report
+from sidlm.train.saving import Saver
 from sidlm.train.schedule import learning_rate
 from sidlm.train.spikes import SpikeGuard
 
@@ -133,7 +134,8 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         log = RunLog(out, step=state.step, total_steps=total_steps, log_every=log_every)
     else:
         log = NoLog()
-    with stop, log:
+    saver = Saver(out / "checkpoints", cfg.checkpoint, group, log.say)
+    with stop, log, saver:
         log.say(headline(cfg, model, device, precision, meter, state, group))
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
@@ -180,23 +182,24 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             stopping = bool(stop.signal)
             if due(state.step, cfg.checkpoint.every, last or stopping):
                 log.sync()
-                save_checkpoint(out, tensors, state, cfg, text.fingerprint)
+                saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint))
             if due(state.step, cfg.checkpoint.export_every, False):
                 with in_use(average):
-                    export(out, model, text, group)
+                    export(out, model, text, group, saver)
             if on_step is not None and group.first:
                 on_step(record)
             if stopping:
                 break
             started = time.perf_counter()
+        peak_memory = hardware.peak_memory_bytes(device)
+        finished = state.step == total_steps
+        if finished:
+            with in_use(average):
+                export(out, model, text, group, saver)
+        saver.finish(last=True)
 
-    peak_memory = hardware.peak_memory_bytes(device)
-    finished = state.step == total_steps
-    if finished:
-        with in_use(average):
-            export(out, model, text, group)
-        if group.first:
-            write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
+    if finished and group.first:
+        write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
     return TrainResult(
         step=state.step, loss=None if loss is None else finite(loss), valid=state.valid, tokens=state.tokens,
         tokens_per_second=meter.tokens_per_second, peak_memory=peak_memory, out=out,
@@ -273,11 +276,19 @@ def validated(
     return group.told({} if whole is None else validate(whole, text, cfg, device, precision))
 
 
-def export(out: Path, model: Any, text: Text, group: Processes) -> None:
-    """The model as safetensors in the run folder."""
+def export(out: Path, model: Any, text: Text, group: Processes, saver: Saver) -> None:
+    """The model as safetensors in the run folder, of a copy on the CPU that is written while training goes on."""
     whole = group.whole(model)
-    if whole is not None:
-        folder.export_model(out, whole, text.tokenizer)
+    if whole is None:
+        return saver.background(None)
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one
+    weights = {}
+    for name, t in whole.state_dict().items():
+        place = (t.data_ptr(), t.shape)
+        if place not in copies:
+            copies[place] = t.detach().to("cpu", copy=True)
+        weights[name] = copies[place]
+    saver.background(lambda: folder.export_model(out, whole, weights, text.tokenizer))
 
 
 def arguments(rows: Batch) -> dict[str, torch.Tensor]:
@@ -338,12 +349,9 @@ def give_up_if_hopeless(state: RunState, cfg: RunConfig) -> None:
             )
 
 
-def save_checkpoint(
-    out: Path, tensors: dict[str, torch.Tensor], state: RunState, cfg: RunConfig, data_fingerprint: str
-) -> None:
-    """Tensors and state of a run as its newest checkpoint."""
-    values = dataclasses.asdict(state) | {"data": data_fingerprint, "config": to_yaml(cfg), "version": __version__}
-    checkpoint.save(out / "checkpoints", tensors, values, keep=cfg.checkpoint.keep)
+def checkpoint_values(state: RunState, cfg: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
+    return dataclasses.asdict(state) | {"data": data_fingerprint, "config": to_yaml(cfg), "version": __version__}
 
 
 def restore_state(found: checkpoint.Checkpoint, data_fingerprint: str) -> RunState:

@@ -41,6 +41,7 @@ class Processes:
 
     def __init__(self, mesh: DeviceMesh | None = None) -> None:
         self.mesh = mesh
+        self.patience = PATIENCE
         self.count = 1 if mesh is None else dist.get_world_size()
         self.first = mesh is None or dist.get_rank() == 0
         self.share = (0, 1)
