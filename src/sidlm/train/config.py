@@ -68,6 +68,8 @@ class OptimConfig:
     """peak learning rate"""
     down_proj_lr_scale: float = 1.0
     """learning rate of the last matrices of feed-forward layers, in multiples of lr; squared ReLU may want 0.1"""
+    embedding_lr_scale: float = 1.0
+    """learning rate of the input embedding, if it is not the head too, in multiples of lr; small models may want 10"""
     beta1: float = 0.9
     """decay of the first moment"""
     beta2: float = 0.95
