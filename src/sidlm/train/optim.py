@@ -81,18 +81,16 @@ def make_adamw(named: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.o
     """AdamW with decay on the weights of >= 2 dimensions only, fused where torch has the fused kernel.
 
     The `lr_scale` of a group is `cfg.down_proj_lr_scale` for the feed-forward layers' last matrices,
-    `cfg.embedding_lr_scale` for an embedding of its own, 1 elsewhere.
+    `cfg.embedding_lr_scale` for the embedding, 1 elsewhere.
 
     The state of every parameter is created here, at step 0, instead of on first use: a checkpoint then always holds
     the same names, also for experts that got no token yet.
     """
-    named = list(named)
-    own_head = any(name.endswith("lm_head.weight") for name, _ in named)
     groups: dict[tuple[bool, float, Any], list[Tensor]] = {}
     for name, p in named:
         if p.requires_grad:
             scale = cfg.down_proj_lr_scale if ".down_proj" in name else 1.0
-            scale = cfg.embedding_lr_scale if own_head and name.endswith("embed_tokens.weight") else scale
+            scale = cfg.embedding_lr_scale if name.endswith("embed_tokens.weight") else scale
             # a kernel over many tensors takes those of one mesh
             groups.setdefault((p.ndim >= 2, scale, getattr(p, "device_mesh", None)), []).append(p)
     trained = [p for group in groups.values() for p in group]
