@@ -13,8 +13,8 @@ where rows are packed) over the data sheet's dense bf16 peak, also in float8. Sp
 the warm-up; the profiled step comes after them. One seed: the numbers of a step do not depend on it.
 
 First, --jobs rows at once compile what they need, each with the fewest layers that need it, into torch's caches on
-the disk; then all run one after the other. Results are written after every row; rows that would not end within --seconds
-are left out and said so.
+the disk; then all run one after the other. Results are written after every row; rows that would not end within
+--seconds are left out and said so.
 """
 
 import argparse

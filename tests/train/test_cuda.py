@@ -1,5 +1,5 @@
-"""`sid train` on the GPUs of a machine: NCCL, sharded and asynchronous checkpoints from CUDA, against one process without
-a process group. One GPU makes a mesh of ones; two or more also run the plans that split a model."""
+"""`sid train` on the GPUs of a machine: NCCL, sharded and asynchronous checkpoints from CUDA, against one process
+without a process group. One GPU makes a mesh of ones; two or more also run the plans that split a model."""
 
 import json
 import shutil
