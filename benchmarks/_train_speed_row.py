@@ -41,7 +41,8 @@ def command(this: Row, told: dict[str, Any]) -> list[str]:
     size, place, config, rows = SIZES[this.size], Path(told["place"]), fields(this), SIZES[this.size].batch_size
     if told["warm"]:
         config |= {"num_hidden_layers": len(this.kinds), "layer_types": list(this.kinds)}
-        config |= {"vocab_size": size.vocab if this.name == "bf16" else 512}
+        # the loss compiles one chunk, which is that of all rows
+        config |= {"vocab_size": size.vocab if (this.size, this.name) == ("1b", "bf16") else 512}
         rows = size.micro_batch_size
     text = place / ("documents.jsonl" if this.packed else "words.txt")
     words = ["--model.preset", size.preset, "--model.arch", "llama", "--model.set", *format_overrides(config)]
@@ -89,6 +90,7 @@ def run_baseline(this: Row, device: torch.device, watch: Watch, warm: bool) -> i
     size = SIZES[this.size]
     if warm:
         size = Size(**vars(size) | {"layers": 1, "batch_size": size.micro_batch_size})
+        size = size if this.size == "1b" else Size(**vars(size) | {"vocab": 512})  # memory for all at once
     micro = size.micro_batch_size
     while True:
         try:

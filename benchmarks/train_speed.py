@@ -12,9 +12,9 @@ makes no difference to the model's work. MFU counts the model's FLOPs alone (mod
 where rows are packed) over the data sheet's dense bf16 peak, also in float8. Speed is the median over the steps after
 the warm-up; the profiled step comes after them. One seed: the numbers of a step do not depend on it.
 
-First, all rows at once compile what they need, each with the fewest layers that need it, into torch's caches on the
-disk; then they run one after the other. Results are written after every row; rows that would not end within --seconds
-are left out and said so.
+First, --jobs rows at once compile what they need, each with the fewest layers that need it, into torch's caches on
+the disk; then all run one after the other. Results are written after every row; rows that would not end within
+--seconds are left out and said so.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +100,18 @@ class Worker:
 
 
 def warm(wanted: list[Row], args: argparse.Namespace, place: Path, until: float) -> list[dict[str, Any]]:
-    """Fills the caches of torch's compilers and of the data, all rows at once; what failed is told, and no harm."""
-    workers = [Worker(row, args, place, warm=True) for row in wanted]
-    for worker in workers:
-        worker.begin()
-    done = []
-    for worker in workers:
-        found = worker.end(until)
-        done.append({"size": worker.row.size, "row": worker.row.name, **found})
-        done[-1].pop("command", None)
-    return done
+    """Fills the caches of torch's compilers and of the data, several rows at once; what failed is told, and no harm."""
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return list(pool.map(lambda row: {"size": row.size, "row": row.name} | warmed(row, args, place, until), wanted))
+
+
+def warmed(row: Row, args: argparse.Namespace, place: Path, until: float) -> dict[str, Any]:
+    if time.perf_counter() > until:
+        return {"left_out": "no time"}
+    worker = Worker(row, args, place, warm=True)
+    worker.begin()
+    found = worker.end(until)
+    return {key: value for key, value in found.items() if key != "command"}
 
 
 def main() -> None:
@@ -119,9 +122,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=240, help="of the whole run")
     parser.add_argument("--row-seconds", type=float, default=60, help="of one row")
-    parser.add_argument("--warm-seconds", type=float, default=90, help="of compiling, all rows at once; 0: none of it")
+    parser.add_argument("--warm-seconds", type=float, default=90, help="of compiling beforehand; 0: none of it")
+    parser.add_argument("--jobs", type=int, default=10, help="rows that compile at once")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps")
     parser.add_argument("--peak", type=float, default=1e12, help="FLOP/s where the device is not in the table")
     parser.add_argument("--commit", help="revision to record where the history is not there")
     args = parser.parse_args()
