@@ -109,7 +109,7 @@ def work(queue: Any, lines: Any, ways: int, device: str) -> None:
         probes = queue.get()
         if probes is None:
             return lines.put(None)
-        for impl in ("", "simplicial=eager"):
+        for impl in ("attention=sdpa", "attention=sdpa,simplicial=eager"):
             os.environ["SID_IMPL"] = impl
             try:
                 run(probes, ways, torch.device(device), lines.put)
