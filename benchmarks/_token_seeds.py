@@ -26,7 +26,6 @@ from sidlm.nn.norm import RMSNorm
 from sidlm.ops import linear_cross_entropy
 from sidlm.train import hardware, sparsity
 from sidlm.train.config import OptimConfig, RunConfig
-from sidlm.train.loop import arguments
 from sidlm.train.optim import is_matrix
 from sidlm.train.schedule import learning_rate
 
@@ -206,9 +205,10 @@ class SeedRun:
 
     def batch(self, step: int) -> Any:
         """Rows of all seeds as the model takes them, pinned, and the number of labels of each seed."""
-        found = [arguments(loader.batch(step)) for loader in self.loaders]
-        rows = {key: torch.cat([batch[key] for batch in found]) for key in found[0]}
-        counts = torch.tensor([int((batch["shift_labels"] != -100).sum()) for batch in found])
+        found = [loader.batch(step) for loader in self.loaders]
+        names = {"input_ids": "tokens", "position_ids": "positions", "doc_ids": "doc_ids", "shift_labels": "labels"}
+        rows = {key: torch.cat([getattr(batch, name) for batch in found]) for key, name in names.items()}
+        counts = torch.tensor([int((batch.labels != -100).sum()) for batch in found])
         if self.device.type == "cuda":
             rows, counts = {key: value.pin_memory() for key, value in rows.items()}, counts.pin_memory()
         return rows, counts

@@ -43,7 +43,7 @@ def steps(size: Size, device: torch.device, kind: str, rows: int) -> Iterator[fl
         for layer in model.model.layers:
             layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = size.batch_size * size.seq_len
+    tokens, stream = size.batch_size * size.seq_len, torch.bfloat16 if cuda else torch.float32
     while True:
         batch = torch.randint(0, size.vocab, (size.batch_size, size.seq_len + 1))
         batch = batch.pin_memory() if cuda else batch
@@ -52,7 +52,9 @@ def steps(size: Size, device: torch.device, kind: str, rows: int) -> Iterator[fl
         for first in range(0, size.batch_size, rows):
             ids = batch[first : first + rows].to(device, non_blocking=True)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda and kind == "autocast"):
-                hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+                # a residual stream in bf16, as in sid train: autocast alone leaves it in fp32
+                embedded = model.model.embed_tokens(ids[:, :-1]).to(stream)
+                hidden = model.model(inputs_embeds=embedded).last_hidden_state
                 loss = loss_of(hidden, model.lm_head.weight, ids[:, 1:]) / tokens
             loss.backward()
             total += loss.detach()

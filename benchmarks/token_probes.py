@@ -11,6 +11,7 @@ failed, is said on the last lines of the output.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -48,13 +49,16 @@ def rows_of(task: Any, probe: Probe, ways: int) -> tuple[torch.Tensor, torch.Ten
 def run(probes: list[Probe], ways: int, device: torch.device, say: Any) -> None:
     """Train models that differ in their seed and number of examples alone; says a row for each."""
     task, first, count = TASKS[probes[0].task](), probes[0], len(probes)
-    made, models = config(first, task), []
+    made = config(first, task)
+    models: list[Any] = []
     for probe in probes:
         torch.manual_seed(probe.seed)
-        models.append(SidForCausalLM(made).to(device).train())
-    plain: Any = SidForCausalLM(made).to(device)
-    texts = [tuple(x.to(device) for x in rows_of(task, probe, ways)) for probe in probes]
+        models.append(SidForCausalLM(made))
+        models[-1].to(device).train()
+    plain = copy.deepcopy(models[0])
+    texts = [[x.to(device) for x in rows_of(task, probe, ways)] for probe in probes]
     test = batch(task, problems(task, TEST_PROBLEMS, test=True, seed=0), np.random.default_rng(1))
+    tried = [(test, [x[:TEST_PROBLEMS].cpu().numpy() for x in text]) for text in texts]
     model = together(models)
     optimizer = SeedOptimizer(model, count, OptimConfig(lr=first.lr, weight_decay=0.1))
     schedule = ScheduleConfig(warmup_steps=min(50, first.steps // 2))
@@ -62,9 +66,9 @@ def run(probes: list[Probe], ways: int, device: torch.device, say: Any) -> None:
     curves: list[list[dict[str, Any]]] = [[] for _ in probes]
     started = time.perf_counter()
     for step in range(first.steps):
-        picked = [draw(*text, first.batch, g) for text, g in zip(texts, draws, strict=True)]
-        tokens, labels = (torch.cat(part) for part in zip(*picked, strict=True))
-        losses = seed_losses(model, tokens, labels, count, device)
+        picked = [draw(text[0], text[1], first.batch, g) for text, g in zip(texts, draws, strict=True)]
+        rows = [torch.cat(part) for part in zip(*picked, strict=True)]
+        losses = seed_losses(model, rows[0], rows[1], count, device)
         losses.sum().backward()
         optimizer.step(learning_rate(step, schedule, peak=first.lr, total_steps=first.steps))
         if (step + 1) % max(1, first.steps // 10) == 0:
@@ -72,9 +76,8 @@ def run(probes: list[Probe], ways: int, device: torch.device, say: Any) -> None:
                 with torch.no_grad():
                     for name, p in plain.named_parameters():
                         p.copy_(by_seed(model.get_parameter(name), count)[i])
-                seen = [x[:TEST_PROBLEMS].cpu().numpy() for x in texts[i]]
-                point = {"step": step + 1, "loss": loss, "test": accuracy(plain, *test, device)}
-                curve.append(point | {"train": accuracy(plain, *seen, device)})
+                new, seen = (accuracy(plain, tokens, labels, device) for tokens, labels in tried[i])
+                curve.append({"step": step + 1, "loss": loss, "test": new, "train": seen})
     seconds = time.perf_counter() - started
     tokens_seen = task.length * first.batch * first.steps
     for probe, curve in zip(probes, curves, strict=True):
@@ -109,7 +112,7 @@ def work(queue: Any, lines: Any, ways: int, device: str) -> None:
         probes = queue.get()
         if probes is None:
             return lines.put(None)
-        for impl in ("", "simplicial=eager"):
+        for impl in ("attention=sdpa", "attention=sdpa,simplicial=eager"):
             os.environ["SID_IMPL"] = impl
             try:
                 run(probes, ways, torch.device(device), lines.put)
