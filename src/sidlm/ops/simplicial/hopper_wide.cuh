@@ -22,8 +22,8 @@ constexpr int OFFSETS = 8;                      // of a tile
 constexpr int HEADS = 16;                       // of a block: eight a warpgroup
 constexpr int BOXES = D / 64, BOX = KEYS * 128; // a block of keys: for each 64 columns rows of 128 bytes
 constexpr int SLOT = BOXES * BOX * (BACKWARD ? 2 : 1);  // keys or values; in the backward pass keys and values
-constexpr int EARLY = 0;                        // products that are left when the other warpgroup gets its turn
 constexpr int PITCH = 2 * D + 16;               // bytes from one row of a stage to the next: no bank conflicts
+constexpr int HELD = BACKWARD ? 0 : HELD_FORWARD;  // of D / 16 times four sums of a thread, those in registers
 constexpr int COPIES = DETERMINANT ? 2 : 1;     // of q and k2: see prepare.py
 constexpr float HIDDEN = -1.0e30f, LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7F800000)
@@ -141,6 +141,17 @@ DEVICE u32 virtual_word(u32 q, u32 qb, u32 k2, u32 k2b, float k2_bias) {
 #endif
 }
 
+// One product of a warp: 16 rows by 8 columns, of 16.
+DEVICE void multiply_warp(float (&c)[4], const u32* a, u32 b0, u32 b1) {
+#if FP16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#endif
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // wgmma's description of a slot; of its columns 16 k .. along its rows, or turned, of its rows 16 k ..
 DEVICE u64 descriptor(u32 at) { return 1ull << 62 | 64ull << 32 | (u64)(BOX >> 4) << 16 | (at & 0x3FFFF) >> 4; }
 DEVICE constexpr int along(int k) { return (k / 4 * BOX + k % 4 * 32) >> 4; }
@@ -227,7 +238,7 @@ struct Barriers {
   DEVICE Barriers(u32 base) : full(base + BARRIERS_AT), empty(full + 8 * SLOTS), row_full(empty + 8 * SLOTS),
                               row_empty(row_full + 8 * STAGES) {}
   DEVICE void init() const {
-    for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 2 * CLUSTER);
+    for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 8 * CLUSTER);
     for (int i = 0; i < STAGES; i++) barrier_init(row_full + 8 * i, 1), barrier_init(row_empty + 8 * i, 8);
     asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
   }
@@ -289,6 +300,7 @@ struct Warpgroup {
   int warpgroup, warp, lane, head, column;  // column: of this thread, in words
   Ring<SLOTS> ring;
   Ring<STAGES> rows, merged;
+  float held[HELD > 0 ? 4 * HELD : 1];  // of the sums over offsets, the part for which there are registers
 
   DEVICE Warpgroup(const Arguments& arguments, u32 base_)
       : a(arguments), base(base_), barriers(base_), warpgroup(threadIdx.x / 128), warp(threadIdx.x % 128 / 32),
@@ -300,9 +312,10 @@ struct Warpgroup {
   DEVICE u32 q_at(int i) const { return stage(i) + Q_AT + (8 * warpgroup + head) * PITCH + 4 * column; }
   DEVICE u32 k2_at(int i, int row) const { return stage(i) + offset(row) * PITCH + 4 * column; }
   DEVICE u32 sums_at(int i, int thread) const { return base + SUMS_AT + ((warpgroup * (D / 16) + i) * 128 + thread) * 16; }
-  DEVICE void release(int i) {
-    if (threadIdx.x % 128 < CLUSTER) {
-      if (CLUSTER == 1) barrier_arrive(barriers.empty + 8 * i); else barrier_arrive(barriers.empty + 8 * i, threadIdx.x % 128);
+  DEVICE void release(int i) {  // each warp by itself, to all blocks of the cluster
+    __syncwarp();
+    if (lane < CLUSTER) {
+      if (CLUSTER == 1) barrier_arrive(barriers.empty + 8 * i); else barrier_arrive(barriers.empty + 8 * i, lane);
     }
   }
   DEVICE void release_stage() {
@@ -347,11 +360,20 @@ struct Warpgroup {
       }
       float4 all = make_float4(z[0], z[1], z[2], z[3]);
       if (!first) {
-        float4 w = read_four(sums_at(i, threadIdx.x % 128));
+        float4 w = i < HELD ? make_float4(held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3])
+                            : read_four(sums_at(i, threadIdx.x % 128));
         all = make_float4(all.x + w.x * old, all.y + w.y * old, all.z + w.z * old, all.w + w.w * old);
       }
-      write_four(sums_at(i, threadIdx.x % 128), all);
+      if (i < HELD)
+        held[4 * i] = all.x, held[4 * i + 1] = all.y, held[4 * i + 2] = all.z, held[4 * i + 3] = all.w;
+      else
+        write_four(sums_at(i, threadIdx.x % 128), all);
     }
+  }
+  DEVICE void share_sums() {
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+      write_four(sums_at(i, threadIdx.x % 128), make_float4(held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]));
   }
   // The sums of the four warps, which have other offsets of the same heads, times a factor each: a row of the output.
   DEVICE void write_row(int row, const float (&factors)[4]) {

@@ -34,6 +34,7 @@ class Variant(NamedTuple):
     backward: bool
     cluster: int
     slots: int
+    held_forward: int = 0
 
     @property
     def keys(self) -> int:

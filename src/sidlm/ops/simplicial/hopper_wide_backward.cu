@@ -63,19 +63,16 @@ struct Consumer : Warpgroup {
     products_end();
     ring.next();
   }
-  template <bool PASS> DEVICE void gradients(int i, bool add) {  // PASS: and then it is the other warpgroup's turn
+  DEVICE void gradients(int i, bool add) {
     u64 keys = descriptor(slot(i));
     settled(ds);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; k++) {
-      if (PASS && k == KEYS / 16 - EARLY) your_turn();
+    for (int k = 0; k < KEYS / 16; k++)
       multiply_d<1>(du, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3], keys + turned(k), add || k > 0);
-    }
     products_end();
-    if (PASS && EARLY == 0) your_turn();
   }
-  // dS = P o (dP - delta)
+  // dS = P o (dP - delta), in place of S
   DEVICE void weigh(const Tile& tile, int block) {
 #pragma unroll
     for (int i = 0; i < 32; i++) s[i] = exp2_of(s[i] * a.scale_log2 - lse) * (dp[i] - delta);
@@ -87,6 +84,8 @@ struct Consumer : Warpgroup {
 #pragma unroll
       for (int i = 0; i < 32; i++)
         if (tile.hidden(offset(i / 2 % 2))) s[i] = 0;
+  }
+  DEVICE void round_gradients() {
 #pragma unroll
     for (int i = 0; i < 16; i++) ds[i] = halves(s[2 * i], s[2 * i + 1]);
   }
@@ -112,6 +111,7 @@ struct Consumer : Warpgroup {
     settled(s);
     settled(dp);
     weigh(tile, 0);
+    round_gradients();
     if (tile.blocks == 1) next = next_tile(next_lse, next_delta);
     while (true) {
       bool ends = block + 1 == tile.blocks;
@@ -121,12 +121,15 @@ struct Consumer : Warpgroup {
       my_turn();
       int new_slot = ring.slot;
       scores();  // of the next block
-      gradients<true>(old_slot, block > 0);
+      gradients(old_slot, block > 0);
+      your_turn();
       Tile old = tile;
       if (ends) tile = next, block = 0, lse = next_lse, delta = next_delta; else block++;
       products_wait<1>();
       settled(s);
       settled(dp);
+      weigh(tile, block);
+      settled(s);  // made before the product is waited for
       if (block + 1 == tile.blocks) next = next_tile(next_lse, next_delta);
       products_wait<0>();
       settled(du);
@@ -134,10 +137,10 @@ struct Consumer : Warpgroup {
       release(old_slot);
       old_slot = new_slot;
       if (ends) merge(old);
-      weigh(tile, block);
+      round_gradients();
     }
     if (block == 0) clear(slot(old_slot), tile.before);
-    gradients<false>(old_slot, block > 0);
+    gradients(old_slot, block > 0);
     products_wait<0>();
     settled(du);
     merge(tile);

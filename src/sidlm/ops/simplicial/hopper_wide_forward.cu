@@ -1,9 +1,11 @@
 // The forward pass over virtual queries for groups of 16, 32, ... heads: hopper_wide.cuh says how rows are laid out.
 //
 // A tile is flash attention of 64 rows a warpgroup, the scores of a block beside the values of the block before, across
-// tiles and queries. All rows of a head share one reference for the exponential, from the first block of a query on: where
-// the weights stay below LARGE, nothing is compared and nothing rescaled. At the end of a tile its result times v2 is
-// added to this thread's sum over offsets, in shared memory; at the end of a query the sums of four warps are put together.
+// tiles and queries. Scores become weights where they are, while the values of the block before are still multiplied. All
+// rows of a head share one reference for the exponential, from the first block of a query on: where the weights stay below
+// LARGE, nothing is compared and nothing rescaled, else the scores are made again and the reference raised. At the end of a
+// tile its result times v2 is added to this thread's sum over offsets; at the end of a query the sums of four warps are
+// put together.
 
 constexpr float LARGE = 1 << 14;
 
@@ -68,17 +70,14 @@ struct Consumer : Warpgroup {
     products_end();
     ring.next();
   }
-  template <bool PASS> DEVICE void values(bool add) {  // PASS: and then it is the other warpgroup's turn
+  DEVICE void values(bool add) {
     u64 values = descriptor(slot(ring.slot));
     settled(p);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; k++) {
-      if (PASS && k == KEYS / 16 - EARLY) your_turn();
+    for (int k = 0; k < KEYS / 16; k++)
       multiply_d<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values + turned(k), add || k > 0);
-    }
     products_end();
-    if (PASS && EARLY == 0) your_turn();
     ring.next();
   }
 
@@ -95,51 +94,70 @@ struct Consumer : Warpgroup {
     top = largest;
     return factor;
   }
-  // Scores to weights. The reference is that of the blocks before, unless the weights are then too large: their sum tells
-  // that afterwards, and no maximum is needed. Returns by what is to be multiplied what was summed so far.
-  DEVICE float weigh(const Tile& tile, int block) {
-    if (tile.before > 0 && block == 0)
+  // The scores of this warp's 16 rows once more, by itself, where their weights came out too large and took their place.
+  DEVICE void scores_again(u32 keys) {
 #pragma unroll
-      for (int i = 0; i < 64; i++)
-        if (8 * (i / 4) + 2 * column + i % 2 < tile.before) s[i] = -INFINITE;
-    if (tile.hidden(OFFSETS - 1))
+    for (int n = 0; n < KEYS / 8; n++) {
+      float(&c)[4] = *reinterpret_cast<float(*)[4]>(s + 4 * n);
+      c[0] = c[1] = c[2] = c[3] = 0;
 #pragma unroll
-      for (int i = 0; i < 64; i++)
-        if (tile.hidden(offset(i / 2 % 2))) s[i] = -INFINITE;
+      for (int k = 0; k < D / 16; k++) {
+        u32 row = keys + k / 4 * BOX + (8 * n + head) * 128, at = k % 4 * 32 + 4 * column, turn = head * 16;
+        multiply_warp(c, u + 4 * k, read_word(row + (at ^ turn)), read_word(row + (at + 16 ^ turn)));
+      }
+    }
+  }
+  // Scores to weights, in place. The reference is that of the blocks before, unless the weights are then too large: their
+  // sum tells that afterwards, and no maximum is needed. Returns by what is to be multiplied what was summed so far.
+  DEVICE float weigh(const Tile& tile, int block, u32 keys) {
     float factor = 1;
     bool exact = tile.first() && block == 0;
+    if (exact) top = HIDDEN, sum = 0;
     while (true) {
+      if (tile.before > 0 && block == 0)
+#pragma unroll
+        for (int i = 0; i < 64; i++)
+          if (8 * (i / 4) + 2 * column + i % 2 < tile.before) s[i] = -INFINITE;
+      if (tile.hidden(OFFSETS - 1))
+#pragma unroll
+        for (int i = 0; i < 64; i++)
+          if (tile.hidden(offset(i / 2 % 2))) s[i] = -INFINITE;
       if (exact) factor = raise();
       float zero = top * a.scale_log2, sums[4] = {};
 #pragma unroll
-      for (int i = 0; i < 32; i++) {
-        float x = exp2_of(s[2 * i] * a.scale_log2 - zero), y = exp2_of(s[2 * i + 1] * a.scale_log2 - zero);
-        sums[i % 2] += x, sums[2 + i % 2] += y;
-        p[i] = halves(x, y);
+      for (int i = 0; i < 64; i++) {
+        s[i] = exp2_of(s[i] * a.scale_log2 - zero);
+        sums[i % 4] += s[i];
       }
       float all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       if (exact || !__any_sync(~0u, all > LARGE)) {
         sum += all;
         return factor;
       }
+      scores_again(keys);
       exact = true;
     }
   }
+  DEVICE void round_weights() {
+#pragma unroll
+    for (int i = 0; i < 32; i++) p[i] = halves(s[2 * i], s[2 * i + 1]);
+  }
 
-  // The result of a tile onto the sums of its query; after the last tile the output.
-  DEVICE void merge(const Tile& tile) {
+  // The result of a tile onto the sums of its query, the reference being `top`; after the last tile the output.
+  DEVICE void merge(const Tile& tile, float top, float sum) {
     add_rows<V2_BIAS>(o, k2_at(merged.slot, 0) + V2_AT, a.v2_bias, tile.first(), exp2_of((sums_top - top) * a.scale_log2));
     sums_top = top;
     release_stage();
-    if (tile.last()) finish(tile.row + 8 * warpgroup + head);
+    if (tile.last()) finish(tile.row + 8 * warpgroup + head, top, sum);
   }
   // Output and LSE of a query: a joint softmax over the offsets that the four warps have.
-  DEVICE void finish(int row) {
+  DEVICE void finish(int row, float top, float sum) {
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     u32 numbers = base + NUMBERS_AT + warpgroup * 256 + head * 8;
     if (column == 0)
       asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(numbers + warp * 64), "f"(top), "f"(sum) : "memory");
+    share_sums();
     warpgroup_sync(warpgroup);
     float tops[4], factors[4], most = HIDDEN, total = 0;
 #pragma unroll
@@ -159,7 +177,6 @@ struct Consumer : Warpgroup {
     for (int w = 0; w < 4; w++) factors[w] *= inverse;
     write_row(row, factors);
     warpgroup_sync(warpgroup);  // before the next query's sums are written there
-    top = HIDDEN, sum = 0;
   }
 
   DEVICE void run() {
@@ -172,9 +189,9 @@ struct Consumer : Warpgroup {
     scores();
     products_wait<0>();
     settled(s);
+    weigh(tile, 0, slot(k_slot));
     release(k_slot);
-    top = HIDDEN, sum = 0;
-    weigh(tile, 0);
+    round_weights();
     if (tile.blocks == 1) next = next_tile();
     while (true) {
       bool ends = block + 1 == tile.blocks;
@@ -188,28 +205,32 @@ struct Consumer : Warpgroup {
       k_slot = ring.slot;
       scores();  // of the next block
       int v_slot = ring.slot;
-      values<true>(block > 0);
+      values(block > 0);
+      your_turn();
       Tile old = tile;
+      float old_top = top, old_sum = sum;
       if (ends) tile = next, block = 0; else block++;
       products_wait<1>();
       settled(s);
+      float factor = weigh(tile, block, slot(k_slot));
+      settled(s);  // the weights are there before the values are waited for
       release(k_slot);
       if (block + 1 == tile.blocks) next = next_tile();
       products_wait<0>();
       settled(o);
       settled(p);
       release(v_slot);
-      if (ends) merge(old);
-      float factor = weigh(tile, block);
+      if (ends) merge(old, old_top, old_sum);
+      round_weights();
       if (block > 0 && __any_sync(~0u, factor != 1))
 #pragma unroll
         for (int j = 0; j < D / 2; j++) o[j] *= factor;
     }
     await(ring);
     if (block == 0) clear(slot(ring.slot), tile.before);
-    values<false>(block > 0);
+    values(block > 0);
     products_wait<0>();
     settled(o);
-    merge(tile);
+    merge(tile, top, sum);
   }
 };
