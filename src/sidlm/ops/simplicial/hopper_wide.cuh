@@ -23,7 +23,6 @@ constexpr int HEADS = 16;                       // of a block: eight a warpgroup
 constexpr int BOXES = D / 64, BOX = KEYS * 128; // a block of keys: for each 64 columns rows of 128 bytes
 constexpr int SLOT = BOXES * BOX * (BACKWARD ? 2 : 1);  // keys or values; in the backward pass keys and values
 constexpr int PITCH = 2 * D + 16;               // bytes from one row of a stage to the next: no bank conflicts
-constexpr int HELD = BACKWARD ? 0 : HELD_FORWARD;  // of D / 16 times four sums of a thread, those in registers
 constexpr int COPIES = DETERMINANT ? 2 : 1;     // of q and k2: see prepare.py
 constexpr float HIDDEN = -1.0e30f, LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7F800000)
@@ -225,10 +224,13 @@ struct Tile {
   DEVICE bool hidden(int offset) const { return offset >= (marks & 15); }
 };
 
-// A stage has the rows of a tile: k2, k2b, v2, q and `second`; then the tile; in the backward pass each head's LSE and delta.
+// A stage has the rows of a tile: k2, k2b, in the backward pass v2, q and `second`; the rows that the result is multiplied
+// by (v2, in the backward pass k2) in float32, in the order of wgmma's accumulators; then the tile; in the backward pass
+// each head's LSE and delta.
 constexpr int SETS = DETERMINANT || BACKWARD ? 2 : 1, STAGES = 3;
-constexpr int STAGE_ROWS = OFFSETS * (COPIES + 1) + HEADS * SETS;
-constexpr int V2_AT = OFFSETS * COPIES * PITCH, Q_AT = V2_AT + OFFSETS * PITCH, TILE_AT = STAGE_ROWS * PITCH;
+constexpr int KEY_ROWS = OFFSETS * (COPIES + BACKWARD), STAGE_ROWS = KEY_ROWS + HEADS * SETS;
+constexpr int V2_AT = OFFSETS * COPIES * PITCH, Q_AT = KEY_ROWS * PITCH, FACTORS_AT = STAGE_ROWS * PITCH;
+constexpr int FACTORS_PITCH = 4 * D + 16, TILE_AT = FACTORS_AT + OFFSETS * FACTORS_PITCH;
 constexpr int STATISTICS_AT = TILE_AT + 16, STAGE = STATISTICS_AT + (BACKWARD ? 8 * HEADS : 0);
 // Shared memory: slots of keys and values; D / 4 sums of each thread that multiplies; stages; a few numbers; barriers.
 constexpr int SUMS_AT = SLOTS * SLOT, STAGES_AT = SUMS_AT + 256 * D, NUMBERS_AT = STAGES_AT + STAGES * STAGE;
@@ -250,9 +252,19 @@ DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
   Barriers barriers(base);
   Ring<STAGES> ring;
   int lane = threadIdx.x % 32;
-  auto begin = [&](const Tile& tile, int bytes) {
-    u32 stage = base + STAGES_AT + ring.slot * STAGE;
+  constexpr int PART = D / 64;  // each lane brings 16 PART columns of the factors of an offset
+  int offset = lane / 4, part = lane % 4 * PART;
+  float bias = BACKWARD ? a.k2_bias : a.v2_bias;
+  auto begin = [&](const Tile& tile, const uint4* words, int bytes) {
+    u32 stage = base + STAGES_AT + ring.slot * STAGE, to = stage + FACTORS_AT + offset * FACTORS_PITCH + 64 * part;
     barrier_wait(barriers.row_empty + 8 * ring.slot, ring.phase ^ 1);
+#pragma unroll
+    for (int i = 0; i < PART; i++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) {  // two columns of two groups of eight, as thread c of a row has them
+        float2 x = widen((&words[2 * i].x)[c]), y = widen((&words[2 * i + 1].x)[c]);
+        write_four(to + 64 * i + 16 * c, make_float4(x.x + bias, x.y + bias, y.x + bias, y.y + bias));
+      }
     if (BACKWARD && bytes) {
       int i = tile.row + lane % HEADS;
       float lse = a.lse[i], x = lane < HEADS ? (lse == -INFINITE ? INFINITE : lse * LOG2E) : a.delta[i];
@@ -272,16 +284,22 @@ DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
     for (int t = 0; t < job.tiles; t++) {
       int marks = min(max(job.second.seen - t * OFFSETS, 0), OFFSETS);
       marks |= (t == 0 ? Tile::FIRST : 0) | (t == job.tiles - 1 ? Tile::LAST : 0);
-      begin({job.blocks, row, before, marks}, STAGE_ROWS * 2 * D);
+      uint4 words[2 * PART] = {};
+      if (t * OFFSETS + offset < job.second.seen) {
+        u64 at = (((u64)job.b * a.S2 + job.second.last - t * OFFSETS - offset) * a.G + job.group) * D + 16 * part;
+#pragma unroll
+        for (int i = 0; i < 2 * PART; i++) words[i] = __ldg((const uint4*)((BACKWARD ? a.k2 : a.v2) + at) + i);
+      }
+      begin({job.blocks, row, before, marks}, words, STAGE_ROWS * 2 * D);
       for (int r = lane; r < STAGE_ROWS; r += 32) {
         const u16* from = nothing;
-        if (r < OFFSETS * (COPIES + 1)) {
+        if (r < KEY_ROWS) {
           int offset = t * OFFSETS + r % OFFSETS;
           const u16* x = r < OFFSETS ? a.k2 : r < OFFSETS * COPIES ? a.k2b : a.v2;
           if (offset < job.second.seen)
             from = x + (((u64)job.b * a.S2 + job.second.last - offset) * a.G + job.group) * D;
         } else {
-          int i = r - OFFSETS * (COPIES + 1);
+          int i = r - KEY_ROWS;
           from = (i < HEADS ? a.q : a.second) + (u64)(row + i % HEADS) * D;
         }
         load_row(base + STAGES_AT + ring.slot * STAGE + r * PITCH, from, barriers.row_full + 8 * ring.slot);
@@ -289,7 +307,8 @@ DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
       ring.next();
     }
   }
-  begin({}, 0);
+  uint4 words[2 * PART] = {};
+  begin({}, words, 0);
 }
 
 // A warpgroup that multiplies: what both passes have in common.
@@ -300,7 +319,6 @@ struct Warpgroup {
   int warpgroup, warp, lane, head, column;  // column: of this thread, in words
   Ring<SLOTS> ring;
   Ring<STAGES> rows, merged;
-  float held[HELD > 0 ? 4 * HELD : 1];  // of the sums over offsets, the part for which there are registers
 
   DEVICE Warpgroup(const Arguments& arguments, u32 base_)
       : a(arguments), base(base_), barriers(base_), warpgroup(threadIdx.x / 128), warp(threadIdx.x % 128 / 32),
@@ -345,35 +363,21 @@ struct Warpgroup {
       warpgroup_sync(warpgroup);
     }
   }
-  // r o x, summed over this thread's two rows, onto its sums times `old`; x: k2 or v2 of its first row in shared memory.
-  template <bool BIAS> DEVICE void add_rows(const float (&r)[D / 2], u32 x, float bias, bool first, float old) {
+  // r o x, summed over this thread's two rows, onto its sums times `old`; x: the factors of its offsets.
+  DEVICE void add_rows(const float (&r)[D / 2], bool first, float old) {
+    u32 x = stage(merged.slot) + FACTORS_AT + offset(0) * FACTORS_PITCH + 16 * column;
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
-      float z[4];
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        float2 a = widen(read_word(x + 16 * (2 * i + j))), b = widen(read_word(x + PITCH + 16 * (2 * i + j)));
-        if (BIAS) a.x += bias, a.y += bias, b.x += bias, b.y += bias;
-        const float* y = r + 4 * (2 * i + j);
-        z[2 * j] = y[0] * a.x + y[2] * b.x;
-        z[2 * j + 1] = y[1] * a.y + y[3] * b.y;
-      }
+      float4 a = read_four(x + 64 * i), b = read_four(x + FACTORS_PITCH + 64 * i);
+      const float* y = r + 8 * i;
+      float z[4] = {y[0] * a.x + y[2] * b.x, y[1] * a.y + y[3] * b.y, y[4] * a.z + y[6] * b.z, y[5] * a.w + y[7] * b.w};
       float4 all = make_float4(z[0], z[1], z[2], z[3]);
       if (!first) {
-        float4 w = i < HELD ? make_float4(held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3])
-                            : read_four(sums_at(i, threadIdx.x % 128));
+        float4 w = read_four(sums_at(i, threadIdx.x % 128));
         all = make_float4(all.x + w.x * old, all.y + w.y * old, all.z + w.z * old, all.w + w.w * old);
       }
-      if (i < HELD)
-        held[4 * i] = all.x, held[4 * i + 1] = all.y, held[4 * i + 2] = all.z, held[4 * i + 3] = all.w;
-      else
-        write_four(sums_at(i, threadIdx.x % 128), all);
+      write_four(sums_at(i, threadIdx.x % 128), all);
     }
-  }
-  DEVICE void share_sums() {
-#pragma unroll
-    for (int i = 0; i < HELD; i++)
-      write_four(sums_at(i, threadIdx.x % 128), make_float4(held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]));
   }
   // The sums of the four warps, which have other offsets of the same heads, times a factor each: a row of the output.
   DEVICE void write_row(int row, const float (&factors)[4]) {

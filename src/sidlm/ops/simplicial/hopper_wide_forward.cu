@@ -145,7 +145,7 @@ struct Consumer : Warpgroup {
 
   // The result of a tile onto the sums of its query, the reference being `top`; after the last tile the output.
   DEVICE void merge(const Tile& tile, float top, float sum) {
-    add_rows<V2_BIAS>(o, k2_at(merged.slot, 0) + V2_AT, a.v2_bias, tile.first(), exp2_of((sums_top - top) * a.scale_log2));
+    add_rows(o, tile.first(), exp2_of((sums_top - top) * a.scale_log2));
     sums_top = top;
     release_stage();
     if (tile.last()) finish(tile.row + 8 * warpgroup + head, top, sum);
@@ -157,7 +157,6 @@ struct Consumer : Warpgroup {
     u32 numbers = base + NUMBERS_AT + warpgroup * 256 + head * 8;
     if (column == 0)
       asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(numbers + warp * 64), "f"(top), "f"(sum) : "memory");
-    share_sums();
     warpgroup_sync(warpgroup);
     float tops[4], factors[4], most = HIDDEN, total = 0;
 #pragma unroll
@@ -212,15 +211,22 @@ struct Consumer : Warpgroup {
       if (ends) tile = next, block = 0; else block++;
       products_wait<1>();
       settled(s);
+#if !LATE
       float factor = weigh(tile, block, slot(k_slot));
       settled(s);  // the weights are there before the values are waited for
       release(k_slot);
-      if (block + 1 == tile.blocks) next = next_tile();
+#endif
+      if (!LATE && block + 1 == tile.blocks) next = next_tile();
       products_wait<0>();
       settled(o);
       settled(p);
       release(v_slot);
       if (ends) merge(old, old_top, old_sum);
+#if LATE
+      float factor = weigh(tile, block, slot(k_slot));
+      release(k_slot);
+      if (block + 1 == tile.blocks) next = next_tile();
+#endif
       round_weights();
       if (block > 0 && __any_sync(~0u, factor != 1))
 #pragma unroll

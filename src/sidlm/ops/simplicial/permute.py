@@ -4,6 +4,8 @@
 tenth of the whole forward pass.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ BLOCK = 2048  # elements of a program
 
 
 @triton.jit
+@no_type_check
 def copies_kernel(
     x_ptr, a_ptr, b_ptr, total, D: tl.constexpr, SWAPPED: tl.constexpr, ZERO: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
