@@ -247,7 +247,7 @@ struct Barriers {
 };
 
 // One warp: the few rows of every tile, and what the warpgroups need to know of it.
-__device__ u16 nothing[128];  // instead of rows that are out of sight
+__device__ __align__(16) u16 nothing[128];  // instead of rows that are out of sight
 DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
   Barriers barriers(base);
   Ring<STAGES> ring;
@@ -255,16 +255,19 @@ DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
   constexpr int PART = D / 64;  // each lane brings 16 PART columns of the factors of an offset
   int offset = lane / 4, part = lane % 4 * PART;
   float bias = BACKWARD ? a.k2_bias : a.v2_bias;
-  auto begin = [&](const Tile& tile, const uint4* words, int bytes) {
+  auto begin = [&](const Tile& tile, const u16* factors, int bytes) {
     u32 stage = base + STAGES_AT + ring.slot * STAGE, to = stage + FACTORS_AT + offset * FACTORS_PITCH + 64 * part;
     barrier_wait(barriers.row_empty + 8 * ring.slot, ring.phase ^ 1);
-#pragma unroll
-    for (int i = 0; i < PART; i++)
+#pragma unroll 1
+    for (int i = 0; i < PART; i++) {
+      uint4 x = __ldg((const uint4*)(factors + 16 * (part + i))), y = __ldg((const uint4*)(factors + 16 * (part + i)) + 1);
+      u32 low[4] = {x.x, x.y, x.z, x.w}, high[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
       for (int c = 0; c < 4; c++) {  // two columns of two groups of eight, as thread c of a row has them
-        float2 x = widen((&words[2 * i].x)[c]), y = widen((&words[2 * i + 1].x)[c]);
+        float2 x = widen(low[c]), y = widen(high[c]);
         write_four(to + 64 * i + 16 * c, make_float4(x.x + bias, x.y + bias, y.x + bias, y.y + bias));
       }
+    }
     if (BACKWARD && bytes) {
       int i = tile.row + lane % HEADS;
       float lse = a.lse[i], x = lane < HEADS ? (lse == -INFINITE ? INFINITE : lse * LOG2E) : a.delta[i];
@@ -284,13 +287,10 @@ DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
     for (int t = 0; t < job.tiles; t++) {
       int marks = min(max(job.second.seen - t * OFFSETS, 0), OFFSETS);
       marks |= (t == 0 ? Tile::FIRST : 0) | (t == job.tiles - 1 ? Tile::LAST : 0);
-      uint4 words[2 * PART] = {};
-      if (t * OFFSETS + offset < job.second.seen) {
-        u64 at = (((u64)job.b * a.S2 + job.second.last - t * OFFSETS - offset) * a.G + job.group) * D + 16 * part;
-#pragma unroll
-        for (int i = 0; i < 2 * PART; i++) words[i] = __ldg((const uint4*)((BACKWARD ? a.k2 : a.v2) + at) + i);
-      }
-      begin({job.blocks, row, before, marks}, words, STAGE_ROWS * 2 * D);
+      const u16* from = nothing;
+      if (t * OFFSETS + offset < job.second.seen)
+        from = (BACKWARD ? a.k2 : a.v2) + (((u64)job.b * a.S2 + job.second.last - t * OFFSETS - offset) * a.G + job.group) * D;
+      begin({job.blocks, row, before, marks}, from, STAGE_ROWS * 2 * D);
       for (int r = lane; r < STAGE_ROWS; r += 32) {
         const u16* from = nothing;
         if (r < KEY_ROWS) {
@@ -307,8 +307,7 @@ DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
       ring.next();
     }
   }
-  uint4 words[2 * PART] = {};
-  begin({}, words, 0);
+  begin({}, nothing, 0);
 }
 
 // A warpgroup that multiplies: what both passes have in common.

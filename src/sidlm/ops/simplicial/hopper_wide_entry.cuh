@@ -10,7 +10,7 @@ run(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v
   if (threadIdx.x == 0) Barriers(base).init();
   if (CLUSTER > 1) cluster_sync(); else __syncthreads();
   if (threadIdx.x >= 256) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BACKWARD ? 32 : 48));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BACKWARD ? 24 : 40));
     if (threadIdx.x == 256) stream_keys(a, &k_map, &v_map, base, me, sets);
     if (threadIdx.x >= 288 && threadIdx.x < 320) stream_rows(a, base, me, sets);
   } else {
