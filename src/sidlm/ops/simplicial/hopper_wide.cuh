@@ -140,17 +140,6 @@ DEVICE u32 virtual_word(u32 q, u32 qb, u32 k2, u32 k2b, float k2_bias) {
 #endif
 }
 
-// One product of a warp: 16 rows by 8 columns, of 16.
-DEVICE void multiply_warp(float (&c)[4], const u32* a, u32 b0, u32 b1) {
-#if FP16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#endif
-      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // wgmma's description of a slot; of its columns 16 k .. along its rows, or turned, of its rows 16 k ..
 DEVICE u64 descriptor(u32 at) { return 1ull << 62 | 64ull << 32 | (u64)(BOX >> 4) << 16 | (at & 0x3FFFF) >> 4; }
 DEVICE constexpr int along(int k) { return (k / 4 * BOX + k % 4 * 32) >> 4; }
@@ -224,13 +213,10 @@ struct Tile {
   DEVICE bool hidden(int offset) const { return offset >= (marks & 15); }
 };
 
-// A stage has the rows of a tile: k2, k2b, in the backward pass v2, q and `second`; the rows that the result is multiplied
-// by (v2, in the backward pass k2) in float32, in the order of wgmma's accumulators; then the tile; in the backward pass
-// each head's LSE and delta.
+// A stage has the rows of a tile: k2, k2b, v2, q and `second`; then the tile; in the backward pass each head's LSE and delta.
 constexpr int SETS = DETERMINANT || BACKWARD ? 2 : 1, STAGES = 3;
-constexpr int KEY_ROWS = OFFSETS * (COPIES + BACKWARD), STAGE_ROWS = KEY_ROWS + HEADS * SETS;
-constexpr int V2_AT = OFFSETS * COPIES * PITCH, Q_AT = KEY_ROWS * PITCH, FACTORS_AT = STAGE_ROWS * PITCH;
-constexpr int FACTORS_PITCH = 4 * D + 16, TILE_AT = FACTORS_AT + OFFSETS * FACTORS_PITCH;
+constexpr int STAGE_ROWS = OFFSETS * (COPIES + 1) + HEADS * SETS;
+constexpr int V2_AT = OFFSETS * COPIES * PITCH, Q_AT = V2_AT + OFFSETS * PITCH, TILE_AT = STAGE_ROWS * PITCH;
 constexpr int STATISTICS_AT = TILE_AT + 16, STAGE = STATISTICS_AT + (BACKWARD ? 8 * HEADS : 0);
 // Shared memory: slots of keys and values; D / 4 sums of each thread that multiplies; stages; a few numbers; barriers.
 constexpr int SUMS_AT = SLOTS * SLOT, STAGES_AT = SUMS_AT + 256 * D, NUMBERS_AT = STAGES_AT + STAGES * STAGE;
@@ -240,34 +226,21 @@ struct Barriers {
   DEVICE Barriers(u32 base) : full(base + BARRIERS_AT), empty(full + 8 * SLOTS), row_full(empty + 8 * SLOTS),
                               row_empty(row_full + 8 * STAGES) {}
   DEVICE void init() const {
-    for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 8 * CLUSTER);
+    for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 2 * CLUSTER);
     for (int i = 0; i < STAGES; i++) barrier_init(row_full + 8 * i, 1), barrier_init(row_empty + 8 * i, 8);
     asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
   }
 };
 
 // One warp: the few rows of every tile, and what the warpgroups need to know of it.
-__device__ __align__(16) u16 nothing[128];  // instead of rows that are out of sight
+__device__ u16 nothing[128];  // instead of rows that are out of sight
 DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
   Barriers barriers(base);
   Ring<STAGES> ring;
   int lane = threadIdx.x % 32;
-  constexpr int PART = D / 64;  // each lane brings 16 PART columns of the factors of an offset
-  int offset = lane / 4, part = lane % 4 * PART;
-  float bias = BACKWARD ? a.k2_bias : a.v2_bias;
-  auto begin = [&](const Tile& tile, const u16* factors, int bytes) {
-    u32 stage = base + STAGES_AT + ring.slot * STAGE, to = stage + FACTORS_AT + offset * FACTORS_PITCH + 64 * part;
+  auto begin = [&](const Tile& tile, int bytes) {
+    u32 stage = base + STAGES_AT + ring.slot * STAGE;
     barrier_wait(barriers.row_empty + 8 * ring.slot, ring.phase ^ 1);
-#pragma unroll 1
-    for (int i = 0; i < PART; i++) {
-      uint4 x = __ldg((const uint4*)(factors + 16 * (part + i))), y = __ldg((const uint4*)(factors + 16 * (part + i)) + 1);
-      u32 low[4] = {x.x, x.y, x.z, x.w}, high[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-      for (int c = 0; c < 4; c++) {  // two columns of two groups of eight, as thread c of a row has them
-        float2 x = widen(low[c]), y = widen(high[c]);
-        write_four(to + 64 * i + 16 * c, make_float4(x.x + bias, x.y + bias, y.x + bias, y.y + bias));
-      }
-    }
     if (BACKWARD && bytes) {
       int i = tile.row + lane % HEADS;
       float lse = a.lse[i], x = lane < HEADS ? (lse == -INFINITE ? INFINITE : lse * LOG2E) : a.delta[i];
@@ -287,19 +260,16 @@ DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
     for (int t = 0; t < job.tiles; t++) {
       int marks = min(max(job.second.seen - t * OFFSETS, 0), OFFSETS);
       marks |= (t == 0 ? Tile::FIRST : 0) | (t == job.tiles - 1 ? Tile::LAST : 0);
-      const u16* from = nothing;
-      if (t * OFFSETS + offset < job.second.seen)
-        from = (BACKWARD ? a.k2 : a.v2) + (((u64)job.b * a.S2 + job.second.last - t * OFFSETS - offset) * a.G + job.group) * D;
-      begin({job.blocks, row, before, marks}, from, STAGE_ROWS * 2 * D);
+      begin({job.blocks, row, before, marks}, STAGE_ROWS * 2 * D);
       for (int r = lane; r < STAGE_ROWS; r += 32) {
         const u16* from = nothing;
-        if (r < KEY_ROWS) {
+        if (r < OFFSETS * (COPIES + 1)) {
           int offset = t * OFFSETS + r % OFFSETS;
           const u16* x = r < OFFSETS ? a.k2 : r < OFFSETS * COPIES ? a.k2b : a.v2;
           if (offset < job.second.seen)
             from = x + (((u64)job.b * a.S2 + job.second.last - offset) * a.G + job.group) * D;
         } else {
-          int i = r - KEY_ROWS;
+          int i = r - OFFSETS * (COPIES + 1);
           from = (i < HEADS ? a.q : a.second) + (u64)(row + i % HEADS) * D;
         }
         load_row(base + STAGES_AT + ring.slot * STAGE + r * PITCH, from, barriers.row_full + 8 * ring.slot);
@@ -307,7 +277,7 @@ DEVICE void stream_rows(const Arguments& a, u32 base, int me, int sets) {
       ring.next();
     }
   }
-  begin({}, nothing, 0);
+  begin({}, 0);
 }
 
 // A warpgroup that multiplies: what both passes have in common.
@@ -329,10 +299,9 @@ struct Warpgroup {
   DEVICE u32 q_at(int i) const { return stage(i) + Q_AT + (8 * warpgroup + head) * PITCH + 4 * column; }
   DEVICE u32 k2_at(int i, int row) const { return stage(i) + offset(row) * PITCH + 4 * column; }
   DEVICE u32 sums_at(int i, int thread) const { return base + SUMS_AT + ((warpgroup * (D / 16) + i) * 128 + thread) * 16; }
-  DEVICE void release(int i) {  // each warp by itself, to all blocks of the cluster
-    __syncwarp();
-    if (lane < CLUSTER) {
-      if (CLUSTER == 1) barrier_arrive(barriers.empty + 8 * i); else barrier_arrive(barriers.empty + 8 * i, lane);
+  DEVICE void release(int i) {
+    if (threadIdx.x % 128 < CLUSTER) {
+      if (CLUSTER == 1) barrier_arrive(barriers.empty + 8 * i); else barrier_arrive(barriers.empty + 8 * i, threadIdx.x % 128);
     }
   }
   DEVICE void release_stage() {
@@ -362,14 +331,19 @@ struct Warpgroup {
       warpgroup_sync(warpgroup);
     }
   }
-  // r o x, summed over this thread's two rows, onto its sums times `old`; x: the factors of its offsets.
-  DEVICE void add_rows(const float (&r)[D / 2], bool first, float old) {
-    u32 x = stage(merged.slot) + FACTORS_AT + offset(0) * FACTORS_PITCH + 16 * column;
+  // r o x, summed over this thread's two rows, onto its sums times `old`; x: k2 or v2 of its first row in shared memory.
+  template <bool BIAS> DEVICE void add_rows(const float (&r)[D / 2], u32 x, float bias, bool first, float old) {
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
-      float4 a = read_four(x + 64 * i), b = read_four(x + FACTORS_PITCH + 64 * i);
-      const float* y = r + 8 * i;
-      float z[4] = {y[0] * a.x + y[2] * b.x, y[1] * a.y + y[3] * b.y, y[4] * a.z + y[6] * b.z, y[5] * a.w + y[7] * b.w};
+      float z[4];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        float2 a = widen(read_word(x + 16 * (2 * i + j))), b = widen(read_word(x + PITCH + 16 * (2 * i + j)));
+        if (BIAS) a.x += bias, a.y += bias, b.x += bias, b.y += bias;
+        const float* y = r + 4 * (2 * i + j);
+        z[2 * j] = y[0] * a.x + y[2] * b.x;
+        z[2 * j + 1] = y[1] * a.y + y[3] * b.y;
+      }
       float4 all = make_float4(z[0], z[1], z[2], z[3]);
       if (!first) {
         float4 w = read_four(sums_at(i, threadIdx.x % 128));

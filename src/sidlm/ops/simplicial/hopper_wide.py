@@ -34,7 +34,6 @@ class Variant(NamedTuple):
     backward: bool
     cluster: int
     slots: int
-    late: int = 0
 
     @property
     def keys(self) -> int:
@@ -45,8 +44,7 @@ class Variant(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory of a block of threads."""
         copies, sets = 1 + self.determinant, 1 + (self.determinant or self.backward)
-        rows = (8 * (copies + self.backward) + HEADS * sets) * (2 * self.d + 16) + 8 * (4 * self.d + 16)
-        stage = rows + 16 + 8 * HEADS * self.backward
+        stage = (8 * (copies + 1) + HEADS * sets) * (2 * self.d + 16) + 16 + 8 * HEADS * self.backward
         return (self.slots + 1) * 256 * self.d + 3 * stage + 512 + 16 * self.slots + 48
 
     @property

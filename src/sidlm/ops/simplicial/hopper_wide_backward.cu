@@ -2,7 +2,8 @@
 // rows are laid out.
 //
 // With dO' = dO o v2 it takes three products a pair, S = U K', dP = dO' V' and dU = dS K, and at the end of a tile
-// dq += dU o k2. A block's S and dP run beside the dU of the block before, and the weights are known from the LSE.
+// dq += dU o k2. A block's S and dP run beside the dU of the block before, and the weights are known from the LSE; dS is made
+// in place of S while that dU is still multiplied.
 
 DEVICE void stream_keys(const Arguments& a, const TensorMap* k_map, const TensorMap* v_map, u32 base, int me, int sets) {
   Barriers barriers(base);
@@ -90,7 +91,7 @@ struct Consumer : Warpgroup {
     for (int i = 0; i < 16; i++) ds[i] = halves(s[2 * i], s[2 * i + 1]);
   }
   DEVICE void merge(const Tile& tile) {
-    add_rows(du, tile.first(), 1);
+    add_rows<K2_BIAS>(du, k2_at(merged.slot, 0), a.k2_bias, tile.first(), 1);
     release_stage();
     if (tile.last()) {
       warpgroup_sync(warpgroup);

@@ -1,11 +1,9 @@
 // The forward pass over virtual queries for groups of 16, 32, ... heads: hopper_wide.cuh says how rows are laid out.
 //
 // A tile is flash attention of 64 rows a warpgroup, the scores of a block beside the values of the block before, across
-// tiles and queries. Scores become weights where they are, while the values of the block before are still multiplied. All
-// rows of a head share one reference for the exponential, from the first block of a query on: where the weights stay below
-// LARGE, nothing is compared and nothing rescaled, else the scores are made again and the reference raised. At the end of a
-// tile its result times v2 is added to this thread's sum over offsets; at the end of a query the sums of four warps are
-// put together.
+// tiles and queries. All rows of a head share one reference for the exponential, from the first block of a query on: where
+// the weights stay below LARGE, nothing is compared and nothing rescaled. At the end of a tile its result times v2 is
+// added to this thread's sum over offsets, in shared memory; at the end of a query the sums of four warps are put together.
 
 constexpr float LARGE = 1 << 14;
 
@@ -94,64 +92,46 @@ struct Consumer : Warpgroup {
     top = largest;
     return factor;
   }
-  // The scores of this warp's 16 rows once more, by itself, where their weights came out too large and took their place.
-  DEVICE void scores_again(u32 keys) {
+  // Scores to weights. The reference is that of the blocks before, unless the weights are then too large: their sum tells
+  // that afterwards, and no maximum is needed. Returns by what is to be multiplied what was summed so far.
+  DEVICE float weigh(const Tile& tile, int block) {
+    if (tile.before > 0 && block == 0)
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
-      float(&c)[4] = *reinterpret_cast<float(*)[4]>(s + 4 * n);
-      c[0] = c[1] = c[2] = c[3] = 0;
+      for (int i = 0; i < 64; i++)
+        if (8 * (i / 4) + 2 * column + i % 2 < tile.before) s[i] = -INFINITE;
+    if (tile.hidden(OFFSETS - 1))
 #pragma unroll
-      for (int k = 0; k < D / 16; k++) {
-        u32 row = keys + k / 4 * BOX + (8 * n + head) * 128, at = k % 4 * 32 + 4 * column, turn = head * 16;
-        multiply_warp(c, u + 4 * k, read_word(row + (at ^ turn)), read_word(row + (at + 16 ^ turn)));
-      }
-    }
-  }
-  // Scores to weights, in place. The reference is that of the blocks before, unless the weights are then too large: their
-  // sum tells that afterwards, and no maximum is needed. Returns by what is to be multiplied what was summed so far.
-  DEVICE float weigh(const Tile& tile, int block, u32 keys) {
+      for (int i = 0; i < 64; i++)
+        if (tile.hidden(offset(i / 2 % 2))) s[i] = -INFINITE;
     float factor = 1;
     bool exact = tile.first() && block == 0;
-    if (exact) top = HIDDEN, sum = 0;
     while (true) {
-      if (tile.before > 0 && block == 0)
-#pragma unroll
-        for (int i = 0; i < 64; i++)
-          if (8 * (i / 4) + 2 * column + i % 2 < tile.before) s[i] = -INFINITE;
-      if (tile.hidden(OFFSETS - 1))
-#pragma unroll
-        for (int i = 0; i < 64; i++)
-          if (tile.hidden(offset(i / 2 % 2))) s[i] = -INFINITE;
       if (exact) factor = raise();
       float zero = top * a.scale_log2, sums[4] = {};
 #pragma unroll
-      for (int i = 0; i < 64; i++) {
-        s[i] = exp2_of(s[i] * a.scale_log2 - zero);
-        sums[i % 4] += s[i];
+      for (int i = 0; i < 32; i++) {
+        float x = exp2_of(s[2 * i] * a.scale_log2 - zero), y = exp2_of(s[2 * i + 1] * a.scale_log2 - zero);
+        sums[i % 2] += x, sums[2 + i % 2] += y;
+        p[i] = halves(x, y);
       }
       float all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       if (exact || !__any_sync(~0u, all > LARGE)) {
         sum += all;
         return factor;
       }
-      scores_again(keys);
       exact = true;
     }
   }
-  DEVICE void round_weights() {
-#pragma unroll
-    for (int i = 0; i < 32; i++) p[i] = halves(s[2 * i], s[2 * i + 1]);
-  }
 
-  // The result of a tile onto the sums of its query, the reference being `top`; after the last tile the output.
-  DEVICE void merge(const Tile& tile, float top, float sum) {
-    add_rows(o, tile.first(), exp2_of((sums_top - top) * a.scale_log2));
+  // The result of a tile onto the sums of its query; after the last tile the output.
+  DEVICE void merge(const Tile& tile) {
+    add_rows<V2_BIAS>(o, k2_at(merged.slot, 0) + V2_AT, a.v2_bias, tile.first(), exp2_of((sums_top - top) * a.scale_log2));
     sums_top = top;
     release_stage();
-    if (tile.last()) finish(tile.row + 8 * warpgroup + head, top, sum);
+    if (tile.last()) finish(tile.row + 8 * warpgroup + head);
   }
   // Output and LSE of a query: a joint softmax over the offsets that the four warps have.
-  DEVICE void finish(int row, float top, float sum) {
+  DEVICE void finish(int row) {
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     u32 numbers = base + NUMBERS_AT + warpgroup * 256 + head * 8;
@@ -176,6 +156,7 @@ struct Consumer : Warpgroup {
     for (int w = 0; w < 4; w++) factors[w] *= inverse;
     write_row(row, factors);
     warpgroup_sync(warpgroup);  // before the next query's sums are written there
+    top = HIDDEN, sum = 0;
   }
 
   DEVICE void run() {
@@ -188,9 +169,9 @@ struct Consumer : Warpgroup {
     scores();
     products_wait<0>();
     settled(s);
-    weigh(tile, 0, slot(k_slot));
     release(k_slot);
-    round_weights();
+    top = HIDDEN, sum = 0;
+    weigh(tile, 0);
     if (tile.blocks == 1) next = next_tile();
     while (true) {
       bool ends = block + 1 == tile.blocks;
@@ -207,27 +188,17 @@ struct Consumer : Warpgroup {
       values(block > 0);
       your_turn();
       Tile old = tile;
-      float old_top = top, old_sum = sum;
       if (ends) tile = next, block = 0; else block++;
       products_wait<1>();
       settled(s);
-#if !LATE
-      float factor = weigh(tile, block, slot(k_slot));
-      settled(s);  // the weights are there before the values are waited for
       release(k_slot);
-#endif
-      if (!LATE && block + 1 == tile.blocks) next = next_tile();
+      if (block + 1 == tile.blocks) next = next_tile();
       products_wait<0>();
       settled(o);
       settled(p);
       release(v_slot);
-      if (ends) merge(old, old_top, old_sum);
-#if LATE
-      float factor = weigh(tile, block, slot(k_slot));
-      release(k_slot);
-      if (block + 1 == tile.blocks) next = next_tile();
-#endif
-      round_weights();
+      if (ends) merge(old);
+      float factor = weigh(tile, block);
       if (block > 0 && __any_sync(~0u, factor != 1))
 #pragma unroll
         for (int j = 0; j < D / 2; j++) o[j] *= factor;
@@ -237,6 +208,6 @@ struct Consumer : Warpgroup {
     values(block > 0);
     products_wait<0>();
     settled(o);
-    merge(tile, top, sum);
+    merge(tile);
   }
 };
