@@ -4,6 +4,7 @@ It imports everything first and then waits for the line, so that its start hides
 """
 
 import contextlib
+import importlib
 import json
 import shlex
 import statistics
@@ -44,7 +45,7 @@ def command(this: Row, told: dict[str, Any]) -> list[str]:
         # the loss compiles one chunk, which is that of all rows
         config |= {"vocab_size": size.vocab if (this.size, this.name) == ("1b", "bf16") else 512}
         rows = size.micro_batch_size
-    text = place / ("documents.jsonl" if this.packed else "words.txt")
+    text = place / ("documents.jsonl" if this.packed else "long.jsonl")
     words = ["--model.preset", size.preset, "--model.arch", "llama", "--model.set", *format_overrides(config)]
     words += ["--data.train", str(text), "--data.vocab_size", "512", "--data.valid_fraction", "0"]
     words += ["--data.seq_len", str(size.seq_len), "--data.cache_dir", str(place / "cache")]
@@ -118,8 +119,14 @@ def measured(this: Row, told: dict[str, Any]) -> dict[str, Any]:
     else:
         words = command(this, told)
         found["command"] = shlex.join(["sid", "train", *words])
+        started = time.perf_counter()
+
+        def step(record: dict[str, Any]) -> None:
+            found.setdefault("until_first_step_seconds", round(time.perf_counter() - started, 1))
+            watch.step(record["seconds"])
+
         with contextlib.suppress(Enough):
-            train(load_config(None, words), on_step=lambda record: watch.step(record["seconds"]))
+            train(load_config(None, words), on_step=step)
     found["first_step_seconds"] = round(watch.seconds[0], 1)
     if warm:
         return found
@@ -133,6 +140,8 @@ def measured(this: Row, told: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    for module in ("data", "models", "parallel.shard"):  # what the loop imports when it needs it
+        importlib.import_module(f"sidlm.{module}")
     line = sys.stdin.readline()
     if not line.strip():  # nobody needs this row any more
         return

@@ -40,8 +40,6 @@ class Row:
     """"autocast" or "bf16": the transformers loop instead of `sid train`, with fp32 or bf16 weights"""
     packed: bool = False
     """rows of several documents instead of one"""
-    impl: str = ""
-    """SID_IMPL of the process"""
     kinds: tuple[str, ...] = ("full_attention",)
     """layer types of the smallest model that compiles what this one does"""
 
@@ -70,16 +68,14 @@ def row(size: str, name: str) -> Row:
         Row(size, "2:4", sparse, settings=("--sparsity.warmup_steps", "0")),
         Row(size, "squared relu, dense", squared_relu(of)),
         Row(size, "packed", packed=True),
-        Row(size, "packed, FlexAttention", packed=True, impl="attention=flex"),
     ]
     return next(r for r in made if r.name == name)
 
 
 ORDER = [
-    ("1b", "bf16"), ("8b-width", "bf16"), ("1b", "transformers autocast"), ("1b", "float8"), ("8b-width", "float8"),
-    ("1b", "simplicial"), ("1b", "2:4"), ("1b", "packed"), ("8b-width", "simplicial"), ("8b-width", "2:4"),
-    ("8b-width", "transformers autocast"), ("1b", "packed, FlexAttention"), ("8b-width", "squared relu, dense"),
-    ("1b", "squared relu, dense"),
+    ("1b", "bf16"), ("1b", "transformers autocast"), ("1b", "simplicial"), ("1b", "2:4"), ("8b-width", "bf16"),
+    ("8b-width", "simplicial"), ("8b-width", "2:4"), ("8b-width", "transformers autocast"), ("1b", "packed"),
+    ("1b", "float8"), ("8b-width", "float8"), ("8b-width", "squared relu, dense"), ("1b", "squared relu, dense"),
 ]  # fmt: skip
 """What matters most first, so that a run cut by time has it."""
 

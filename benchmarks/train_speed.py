@@ -32,22 +32,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _train_speed_rows import SIZES, Row, rows
+from _train_speed_rows import SIZES, Row, row, rows
 
 from sidlm.train import hardware
 
 
 def text(folder: Path) -> None:
-    """words.txt, one document that is longer than any row reads, and documents.jsonl, the same words in short ones."""
+    """long.jsonl, one document that is longer than any row reads, and documents.jsonl, the same words in short ones."""
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 8))) for _ in range(5000)]
-    words = rng.choices(vocabulary, k=400_000)
-    (folder / "words.txt").write_text(" ".join(words))
-    with (folder / "documents.jsonl").open("w") as out:
-        while words:
-            count = 1 + int(rng.expovariate(1 / 370))  # words of 2.7 tokens
-            out.write(json.dumps({"text": " ".join(words[:count])}) + "\n")
-            words = words[count:]
+    words = rng.choices(vocabulary, k=110_000)  # of six bytes, which are the tokens
+    cuts, documents = 0, []
+    while cuts < len(words):
+        count = 1 + int(rng.expovariate(1 / 170))
+        documents.append(words[cuts : cuts + count])
+        cuts += count
+    for name, parts in (("long", [words]), ("documents", documents)):
+        lines = (json.dumps({"text": " ".join(part)}) for part in parts)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 class Worker:
@@ -59,12 +61,12 @@ class Worker:
         self.told = {"size": this.size, "row": this.name, "warm": warm, "warmup": args.warmup, "steps": args.steps}
         self.told |= {"device": args.device, "peak": args.peak, "place": str(place)}
         self.told |= {"out": str(self.out), "result": str(self.result)}
-        threads = {"TORCHINDUCTOR_COMPILE_THREADS": "3"} if warm else {}
+        threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"} if warm else {}
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"), "TRITON_CACHE_DIR": str(place / "triton")}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("_train_speed_row.py"))],
             stdin=subprocess.PIPE, stdout=self.log.open("w"), stderr=subprocess.STDOUT, text=True,
-            env=os.environ | caches | threads | {"SID_IMPL": this.impl},
+            env=os.environ | caches | threads,
         )  # fmt: skip
 
     def begin(self) -> None:
@@ -102,28 +104,28 @@ class Worker:
 def warm(wanted: list[Row], args: argparse.Namespace, place: Path, until: float) -> list[dict[str, Any]]:
     """Fills the caches of torch's compilers and of the data, several rows at once; what failed is told, and no harm."""
     with ThreadPoolExecutor(args.jobs) as pool:
-        return list(pool.map(lambda row: {"size": row.size, "row": row.name} | warmed(row, args, place, until), wanted))
+        return list(pool.map(lambda this: warmed(this, args, place, until), wanted))
 
 
-def warmed(row: Row, args: argparse.Namespace, place: Path, until: float) -> dict[str, Any]:
-    if time.perf_counter() > until:
-        return {"left_out": "no time"}
-    worker = Worker(row, args, place, warm=True)
-    worker.begin()
-    found = worker.end(until)
-    return {key: value for key, value in found.items() if key != "command"}
+def warmed(this: Row, args: argparse.Namespace, place: Path, until: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"left_out": "no time"}
+    if time.perf_counter() < until:
+        worker = Worker(this, args, place, warm=True)
+        worker.begin()
+        found = worker.end(until)
+    return {"size": this.size, "row": this.name} | {key: value for key, value in found.items() if key != "command"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--sizes", nargs="+", default=["1b", "8b-width"], choices=list(SIZES))
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only the rows of these names")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="SIZE/NAME", help="these rows, in this order")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=240, help="of the whole run")
     parser.add_argument("--row-seconds", type=float, default=60, help="of one row")
-    parser.add_argument("--warm-seconds", type=float, default=90, help="of compiling beforehand; 0: none of it")
-    parser.add_argument("--jobs", type=int, default=10, help="rows that compile at once")
+    parser.add_argument("--warm-seconds", type=float, default=60, help="of compiling beforehand; 0: none of it")
+    parser.add_argument("--jobs", type=int, default=12, help="rows that compile at once")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
     parser.add_argument("--peak", type=float, default=1e12, help="FLOP/s where the device is not in the table")
@@ -134,11 +136,12 @@ def main() -> None:
     report: dict[str, Any] = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "environment": environment | ({"git_revision": args.commit} if args.commit else {}),
-        "sizes": {name: vars(SIZES[name]) for name in args.sizes},
+        "sizes": {},
         "rows": [],
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    wanted = [row for row in rows(args.sizes) if not args.only or row.name in args.only]
+    wanted = [row(*name.split("/", 1)) for name in args.rows] or rows(args.sizes)
+    report["sizes"] = {this.size: vars(SIZES[this.size]) for this in wanted}
     with tempfile.TemporaryDirectory() as folder:
         place, end = Path(folder), began + args.seconds
         text(place)
@@ -147,10 +150,10 @@ def main() -> None:
         report["warm_seconds"] = round(time.perf_counter() - began, 1)
         print(json.dumps({key: report.get(key) for key in ("warm_seconds", "warming")}), flush=True)
         longest, following = 0.0, None
-        for index, row in enumerate(wanted):
+        for index, this in enumerate(wanted):
             started = time.perf_counter()
-            done: dict[str, Any] = {"size": row.size, "row": row.name}
-            worker = following or Worker(row, args, place, warm=False)
+            done: dict[str, Any] = {"size": this.size, "row": this.name}
+            worker = following or Worker(this, args, place, warm=False)
             if started + 0.8 * longest > end:
                 worker.dismiss()
                 done["left_out"] = f"{started - began:.0f} s had passed of --seconds {args.seconds:.0f}"
