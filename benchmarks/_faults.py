@@ -111,7 +111,7 @@ class Injector:
         for parameter in parameters:
             gradient = getattr(parameter.grad, "_local_tensor", parameter.grad)
             found = None if gradient is None else gradient.flatten().nonzero()
-            if found is not None and len(found):
+            if gradient is not None and found is not None and len(found):
                 bits = gradient.view(torch.int32).view(-1)
                 bits[found[0, 0]] ^= 1 << fault.bit
                 return
@@ -138,9 +138,10 @@ def connections() -> list[socket.socket]:
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 opened = socket.socket(fileno=os.dup(int(name)))
-                if opened.family in (socket.AF_INET, socket.AF_INET6) and opened.type == socket.SOCK_STREAM:
+                try:
+                    assert opened.family in (socket.AF_INET, socket.AF_INET6) and opened.getpeername()
                     found.append(opened)
-                else:
+                except (OSError, AssertionError):  # not TCP, or it only listens
                     opened.close()
     return found
 

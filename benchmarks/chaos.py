@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -154,7 +155,8 @@ def judge(fault: Fault, struck: dict[str, Any], until: float, evidence: list[dic
         "detected": bool(said),
         "kind_right": best is not None,
         "rank_right": best is not None and best["ranks"] == [fault.rank],
-        "step_right": best is not None and best["step"] == struck["step"],
+        # a disk is found full when something is written next
+        "step_right": best is not None and 0 <= best["step"] - struck["step"] <= (5 if fault.kind == "disk" else 0),
         "collective": best and best.get("collective") and collective_name(best["collective"]),
         "seconds_to_detect": round(best["time"] - struck["time"], 2) if best else None,
         "line": best["line"] if best else "; ".join(one["line"] for one in said) or None,
@@ -172,7 +174,9 @@ def recovery(struck: dict[str, Any], until: float, steps: list[tuple[float, int]
     after = [(moment, step) for moment, step in steps if struck["time"] < moment < until]
     reached = max([struck["step"], *before[-1:]])
     again = [step for (_, earlier), (_, step) in zip([(0.0, reached), *after], after, strict=False) if step <= earlier]
-    passed = next((moment for moment, step in after if step > reached), None)
+    # the others may begin one more step after a process has failed: what counts is after the last restart
+    last = max([0, *(i for i, (one, two) in enumerate(itertools.pairwise(after), 1) if two[1] <= one[1])])
+    passed = next((moment for moment, step in after[last:] if step > reached), None)
     return {
         "seconds_to_recover": round(passed - struck["time"], 2) if passed is not None else None,
         "steps_repeated": sum(step <= reached for _, step in after),
@@ -186,7 +190,7 @@ def events(folder: Path, out: Path) -> list[dict[str, Any]]:
 
     found = files.history(out)
     for one in found:
-        if one["kind"] == "failed" and "no disk space" in one["error"]:
+        if one["kind"] == "failed" and "No space left on device" in one["error"]:
             one |= {"kind": "disk"}
     return sorted(found, key=lambda one: one["time"])
 
@@ -202,7 +206,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if mine:
             table[kind] = {
                 "faults": len(mine),
-                **{key: sum(row[key] for row in mine) for key in ("detected", "kind_right", "rank_right", "step_right")},
+                **{
+                    key: sum(row[key] for row in mine) for key in ("detected", "kind_right", "rank_right", "step_right")
+                },
                 "median_seconds_to_detect": round(statistics.median(detect), 2) if detect else None,
                 "median_seconds_to_recover": round(statistics.median(recover), 2) if recover else None,
                 "steps_repeated": sum(row["steps_repeated"] for row in mine),
@@ -295,7 +301,8 @@ def report(
     print(json.dumps({key: result[key] for key in ("faults", "equal", "by_kind")}, indent=1))
     for row in rows:
         verdict = "named" if row["rank_right"] and row["step_right"] else "NOT NAMED"
-        print(f"{row['fault']['kind']:>6} rank {row['fault']['rank']} step {row['struck']['step']}: {verdict}: {row['line']}")
+        what = f"{row['fault']['kind']} of rank {row['fault']['rank']} at step {row['struck']['step']}"
+        print(f"{what}: {verdict}: {row['line']}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -93,16 +93,20 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
     """
     check(cfg)
     with processes.started(cfg) as group, folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
+        found = group.told(folder.find_resume(cfg) if group.first else None)
         with Health(Path(cfg.train.out), group, cfg.train.watchdog_seconds) as health:
-            return run(cfg, group, health, on_step)
+            return run(cfg, group, found, health, on_step)
 
 
 def run(
-    cfg: RunConfig, group: Processes, health: Health, on_step: Callable[[dict[str, Any]], None] | None
+    cfg: RunConfig,
+    group: Processes,
+    found: checkpoint.Checkpoint | None,
+    health: Health,
+    on_step: Callable[[dict[str, Any]], None] | None,
 ) -> TrainResult:
     """What `train` does, in one of its processes."""
     out = Path(cfg.train.out)
-    found = group.told(folder.find_resume(cfg) if group.first else None)
     device = processes.local_device(cfg)
     precision = hardware.resolve_precision(cfg.train.precision, device)
 
@@ -138,7 +142,12 @@ def run(
         log = RunLog(out, step=state.step, total_steps=total_steps, log_every=log_every)
     else:
         log = NoLog()
-    saver = Saver(out / "checkpoints", cfg.checkpoint, group, log.say)
+
+    def not_saved(problem: str) -> None:
+        log.say(problem)
+        health.survived("disk", problem)
+
+    saver = Saver(out / "checkpoints", cfg.checkpoint, group, not_saved)
     with stop, log, saver, health.noted():
         for line in health.before:
             log.say(f"an earlier start ended: {line}")

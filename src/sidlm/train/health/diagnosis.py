@@ -19,6 +19,9 @@ Finding = dict[str, Any]
 AFTER_A_NOTE = 1.5
 """Seconds from the first error that a death may have caused until a survivor has seen the dead"""
 
+AT_ONCE = 0.5
+"""Seconds in which processes see a lost connection; after it, those that have seen one end, and take others along"""
+
 LOST = 2
 """How often in a row a segment was sent in vain on a connection that counts as lost; an idle one has 0"""
 
@@ -61,7 +64,7 @@ def killed(beats: dict[int, Any], notes: dict[int, Any]) -> Finding | None:
     inside = [r for r, note in notes.items() if same(note["collective"], collective)] if collective else []
     line = f"{name(beat)} {way} {at(beat)}"
     if inside:
-        line += f", while {those(inside, "was", "were")} in {title(collective)}"
+        line += f", while {those(inside, 'was', 'were')} in {title(collective)}"
     return finding("killed", [rank], beat, collective, time, line, signal=how["signal"])
 
 
@@ -111,19 +114,23 @@ def network(beats: dict[int, Any], dumps: dict[int, Any], time: float) -> Findin
         for link in dump["links"]
         if link["unanswered"] >= LOST and tuple(link["peer"]) in owner
     }
-    pairs = [sorted(pair) for pair in lost if len(pair) == 2]
-    if not pairs:
+    ranks, others = culprits(lost)
+    if not ranks:
         return None
-    ends = Counter(rank for pair in pairs for rank in pair)
-    most = max(ends.values())
-    ranks = sorted(rank for rank, count in ends.items() if count == most) if most > 1 else sorted(pairs[0])
-    others = sorted({rank for pair in pairs for rank in pair} - set(ranks))
     dump = dumps[ranks[0]]
     collective = dump["collective"]
     who = " and ".join(name(beats[rank]) for rank in ranks)
     line = f"the network path between {who}{f' and {those(others)}' if others else ''} is lost {at(dump)}"
     line += f": what is sent is not acknowledged; all processes wait, {those(ranks)} in {title(collective)}"
     return finding("network", ranks, dump, collective, time, line)
+
+
+def culprits(pairs: set[frozenset[int]]) -> tuple[list[int], list[int]]:
+    """Of pairs of processes with a lost connection: those in most of them, and the rest. Of one pair, both."""
+    ends = Counter(rank for pair in pairs if len(pair) == 2 for rank in pair)
+    most = max(ends.values(), default=0)
+    ranks = sorted(rank for rank, count in ends.items() if count == most)
+    return ranks, sorted(set(ends) - set(ranks))
 
 
 def disagreement(dumps: dict[int, Any], time: float) -> Finding:
@@ -145,10 +152,17 @@ def disconnected(notes: dict[int, Any], links: dict[int, Any]) -> Finding | None
         return None
     note = min(notes.values(), key=lambda one: one["time"])
     owner = {tuple(link["own"]): rank for rank, record in links.items() for link in record["links"]}
-    lost = Counter(owner[tuple(peer)] for one in notes.values() for peer in one["lost"] if tuple(peer) in owner)
-    ranks = sorted(rank for rank, count in lost.items() if count == max(lost.values()))
-    who = f"the network path to {those(ranks)}" if ranks else "a network path"
-    line = f"{who} broke {at(note)}, in {title(note['collective'])}: {name(note)} saw {note['error']}"
+    ranks, others = culprits(
+        {
+            frozenset((rank, owner[tuple(peer)]))
+            for rank, one in notes.items()
+            for peer in one["lost"]
+            if tuple(peer) in owner and one["time"] < note["time"] + AT_ONCE
+        }
+    )
+    who = f"the network path between {those(ranks)} and {those(others)}" if others else "a network path"
+    what = note["error"].partition(". ")[0]
+    line = f"{who} broke {at(note)}, in {title(note['collective'])}: {name(note)} saw {what}"
     return finding("network", ranks, note, note["collective"], note["time"], line, error=note["error"])
 
 

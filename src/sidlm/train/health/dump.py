@@ -84,37 +84,54 @@ def where(thread: int | None = None) -> str:
 
 def links() -> list[dict[str, Any]]:
     """The TCP connections of this process: {"own": [address, port], "peer": [...], "open", "unanswered": how often
-    the oldest segment was sent again, "unacknowledged": segments in flight}. Linux only."""
+    the oldest segment, or a probe, was sent in vain, "unacknowledged": segments in flight}. Linux only."""
+    found = []
+    for opened in _connections():
+        with opened, contextlib.suppress(OSError):
+            # struct tcp_info: state, ca_state, retransmits, probes, ... and from byte 24 on unacked, a u32. The kernel
+            # answers for a process that is stopped: only a lost path leaves segments without an answer
+            info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+            found.append(
+                {
+                    "own": _plain(opened.getsockname()),
+                    "peer": _plain(opened.getpeername()),
+                    "open": info[0] == ESTABLISHED,
+                    "unanswered": max(info[2], info[3]),
+                    "unacknowledged": struct.unpack_from("I", info, 24)[0],
+                }
+            )
+    return found
+
+
+def probe_links() -> None:
+    """Let the kernel ask the other end of every connection each second whether it is there; `links` has the answers.
+
+    Where a path is lost, most connections are idle: nothing is sent on them in vain.
+    """
+    for opened in _connections():
+        with opened, contextlib.suppress(OSError):
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 30)):
+                opened.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _connections() -> list[socket.socket]:
+    """A second handle of each, to be closed."""
     found = []
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                    found += _link(int(name))
-    return found
+                    found.append(socket.socket(fileno=os.dup(int(name))))
+    inet = (socket.AF_INET, socket.AF_INET6)
+    kept = [opened for opened in found if opened.type == socket.SOCK_STREAM and opened.family in inet]
+    for opened in found:
+        if opened not in kept:
+            opened.close()
+    return kept
 
 
-def _link(descriptor: int) -> list[dict[str, Any]]:
-    with socket.socket(fileno=os.dup(descriptor)) as opened:
-        if opened.type != socket.SOCK_STREAM or opened.family not in (socket.AF_INET, socket.AF_INET6):
-            return []
-        # struct tcp_info: state, ca_state, retransmits, ... and from byte 24 on unacked, a u32. The kernel answers for a
-        # process that is stopped: only a lost path leaves retransmits
-        info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-        own, peer = opened.getsockname()[:2], opened.getpeername()[:2]
-    (unacknowledged,) = struct.unpack_from("I", info, 24)
-    return [
-        {
-            "own": _plain(own),
-            "peer": _plain(peer),
-            "open": info[0] == ESTABLISHED,
-            "unanswered": info[2],
-            "unacknowledged": unacknowledged,
-        }
-    ]
-
-
-def _plain(address: tuple[str, int]) -> list[Any]:
+def _plain(address: tuple[Any, ...]) -> list[Any]:
     return [address[0].removeprefix("::ffff:"), address[1]]
 
 

@@ -4,7 +4,7 @@
     start-0003/rank-2.note.json   what it met before it failed, else blank
     start-0003/rank-2.hang.json   what it waited for when the watchdog ended the run, .hang.txt for people
     start-0003/rank-2.stacks.txt  its Python stacks, when another process asked for them by SIGUSR2
-    history.jsonl                 a diagnosis for each start that ended badly
+    history.jsonl                 a diagnosis for each start that ended badly, and what was survived
 
 Beats and notes have their place on the disk from the start on and are written over in place: a full disk cannot
 silence them.
@@ -115,7 +115,17 @@ def history(out: Path) -> list[Record]:
     return found
 
 
-def add_history(out: Path, record: Record) -> None:
-    """Append a diagnosis; nothing happens on a full disk: the next start tries again."""
-    with contextlib.suppress(OSError), (health_folder(out) / "history.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def add_history(out: Path, record: Record) -> bool:
+    """Append a line as a whole, or, on a full disk, nothing; whether it was written."""
+    path = health_folder(out) / "history.jsonl"
+    text = (json.dumps(record) + "\n").encode()
+    with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            whole = file.write(text) == len(text)
+        except OSError:
+            whole = False
+        if not whole:
+            file.truncate(end)
+        return whole
+    return False

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -29,11 +30,24 @@ from sidlm.train.processes import Processes
 PATIENT = 6
 """Times watchdog_seconds that the first step, validation, checkpoints and exports may take"""
 
+PROBED = 2.0
+"""Seconds in which probes of connections go unanswered at least twice, less one beat"""
+
 EXIT_HUNG = 3
 """Exit status of processes that the watchdog ended"""
 
 OF_OTHERS = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo|NCCL|[Tt]imed out|[Ss]ocket", re.DOTALL)
 """In an error: it may only follow from what happened to another process"""
+
+
+def fresh(beat: files.Record) -> bool:
+    """Whether the process of a beat may still run."""
+    return beat["phase"] != "done" and time.time() - beat["time"] < 10 * beat_seconds(beat["processes"])
+
+
+def beat_seconds(processes: int) -> float:
+    """Between two beats: thousands of processes must not flood the file system."""
+    return max(1.0, processes / 100)
 
 
 class Health:
@@ -48,11 +62,13 @@ class Health:
         self.peers = group.everyone(peers.this(self.rank))
         self.before = self._history() if group.first else []
         """lines on how earlier starts ended, said by the first process"""
-        self.tick = max(1.0, group.count / 100)  # thousands of processes must not flood the file system
+        self.tick = beat_seconds(group.count)
         self.step, self.phase, self.since = 0, "start", time.time()
         self.longest, self.steps_here, self.beaten = 0.0, 0, 0.0
         self.gone: dict[int, dict[str, Any]] = {}
         self.noted_failure = False
+        self.hang: files.Record = {}
+        self.to_keep: deque[files.Record] = deque()
         self.links: list[dict[str, Any]] = []
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.folder = self._folder()
@@ -68,7 +84,7 @@ class Health:
 
     def _history(self) -> list[str]:
         """Diagnose the starts that nobody has diagnosed."""
-        known = {record["start"] for record in files.history(self.out)}
+        known = {record["start"] for record in files.history(self.out) if not record.get("survived")}
         lines = []
         for number, folder in files.starts(self.out):
             finding = None if number in known else diagnose(folder)
@@ -94,6 +110,7 @@ class Health:
             self.failed(error)
         self.ended.set()
         self.thread.join()
+        self._keep_events()
         if error is None:
             self.phase = "done"
         self._write_beat()
@@ -125,11 +142,19 @@ class Health:
             self.failed(error)
             raise
 
+    def survived(self, kind: str, line: str, *, ranks: list[int] | None = None) -> None:
+        """Keep, in history.jsonl, what went wrong and did not end the run; in one of the processes. ranks: at fault,
+        this one if none are named. On a full disk it waits until there is room."""
+        ranks = [self.rank] if ranks is None else ranks
+        where = {"step": self.step, "phase": self.phase, "collective": None, "time": time.time()}
+        start = int(self.folder.name.removeprefix("start-")) if self.folder.name != "none" else 0
+        self.to_keep.append({"kind": kind, "ranks": ranks} | where | {"line": line, "start": start, "survived": True})
+
     # ---- what went wrong ----
 
     def failed(self, error: BaseException) -> None:
         """Leave a note of an error, and of processes on this machine that are gone; once."""
-        if self.noted_failure:
+        if self.noted_failure or (isinstance(error, SidError) and self.phase == "start"):  # a mistake, nothing is lost
             return
         self.noted_failure = True
         follows = not isinstance(error, SidError) and bool(OF_OTHERS.search(f"{type(error).__name__}: {error}"))
@@ -186,6 +211,7 @@ class Health:
     def _watch(self) -> None:
         while not self.ended.wait(self.tick):
             self._write_beat()
+            self._keep_events()
             self.look_at_peers()
             if self.steps_here and not self.links:
                 self._keep_links()
@@ -209,30 +235,38 @@ class Health:
         """Dump, wait for the dumps of others, say which process is at fault, and end this one."""
         with contextlib.suppress(OSError):
             (self.folder / "hang").touch()
+        dump.probe_links()
         self._dump()
         if not launched():  # nobody waits, and nobody would start it again
             self._say_once()
             return
-        if self.ended.wait(2 * self.tick + 1.0):
+        if self.ended.wait(2 * self.tick + PROBED):
+            return
+        self._keep_dump()
+        if self.ended.wait(self.tick):
             return
         dumped = files.read_ranks(self.folder, ".hang")
         if self.rank == min(dumped, default=self.rank):
             self._ask_the_silent(set(dumped))
             self._say_once()
-        elif self.ended.wait(2.0):
+        elif self.ended.wait(PROBED):
             return
         sys.stderr.flush()
         os._exit(EXIT_HUNG)
 
     def _dump(self) -> None:
         seen, connections = dump.collectives(), dump.links()
-        record = self._where() | {"collective": dump.waiting(seen), "in": dump.where(), "links": connections}
+        self.hang = self._where() | {"collective": dump.waiting(seen), "in": dump.where()}
+        self._keep_dump()
         title = f"rank {self.rank}, {self.phase} of step {self.step}, where it has been for "
         title += f"{time.time() - self.since:.0f} seconds"
         with contextlib.suppress(OSError):
-            files.write(self.folder / f"rank-{self.rank}.hang.json", record)
             with (self.folder / f"rank-{self.rank}.hang.txt").open("w", encoding="utf-8") as file:
                 dump.write_text(file, title, seen, connections)
+
+    def _keep_dump(self) -> None:
+        with contextlib.suppress(OSError):
+            files.write(self.folder / f"rank-{self.rank}.hang.json", self.hang | {"links": dump.links()})
 
     def _ask_the_silent(self, dumped: set[int]) -> None:
         """Of processes on this machine whose thread does not run: their state, and their stacks from a C handler."""
@@ -249,6 +283,10 @@ class Health:
             "rank": self.rank, "pid": peer.pid, "host": peer.host, "processes": self.group.count, "step": self.step,
             "phase": self.phase, "since": self.since, "time": time.time(),
         }  # fmt: skip
+
+    def _keep_events(self) -> None:
+        while self.to_keep and files.add_history(self.out, self.to_keep[0]):
+            self.to_keep.popleft()
 
     def _write_beat(self) -> None:
         self.beaten = time.time()
