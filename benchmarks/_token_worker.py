@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
+import math
 import os
 import shlex
-import shutil
-import statistics
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from _token_cells import Cell, recipe
+from _token_cells import DECAY, Cell, recipe
+from _token_seeds import SeedRun
 
-WARMUP = 60
+WARMUP = 100
 DOCUMENTS = 240
+TOKENIZER = "tokenizer-4k"
+RECIPE = ["--optim.name", "muon", "--optim.embedding_lr_scale", "10"]
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -28,109 +31,123 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def words_of(cell: Cell, data: Path, shards: int, characters: int) -> list[str]:
-    """What follows `sid train` to train the cell's model, but for where it goes."""
+def words_of(cell: Cell, seed: int, steps: int, data: Path, shards: int, characters: int) -> list[str]:
+    """What follows `sid train` to train one seed of the cell for so many steps, but for where it goes."""
     from sidlm.train.settings import format_overrides
 
     made = recipe(cell)
     words = ["--model.preset", "nano", "--model.arch", "sid", "--model.set", *format_overrides(made.fields)]
     words += ["--data.train", *(str(data / f"train-{i:02}.jsonl.zst") for i in range(shards))]
-    words += ["--data.valid", str(data / "valid.jsonl.zst"), "--data.tokenizer", str(data / "tokenizer-16k.json")]
-    words += ["--data.seq_len", str(cell.seq_len), "--train.steps", str(cell.steps)]
-    words += ["--train.batch_size", str(cell.batch), "--train.seed", str(cell.seed)]
+    words += ["--data.valid", str(data / "valid.jsonl.zst"), "--data.tokenizer", str(data / TOKENIZER)]
+    words += ["--data.seq_len", str(cell.seq_len), "--train.steps", str(steps)]
+    words += ["--train.batch_size", str(cell.batch), "--train.seed", str(seed), *RECIPE]
     words += ["--optim.lr", f"{made.lr:g}", "--optim.down_proj_lr_scale", f"{made.down_lr:g}"]
-    words += [
-        "--schedule.warmup_steps",
-        str(min(WARMUP, cell.steps // 2)),
-        "--sparsity.warmup_steps",
-        str(cell.steps // 10),
-    ]
-    checks = 1 if cell.group == "speed" else 4
-    words += ["--validation.every", str(max(1, cell.steps // checks)), "--validation.documents", str(DOCUMENTS)]
-    words += ["--validation.characters", str(characters), "--validation.batch_size", "16"]
-    return [
-        *words,
-        "--train.log_every",
-        "250",
-        "--samples.prompts",
-        "--checkpoint.every",
-        "0",
-        "--checkpoint.keep",
-        "1",
-    ]
+    decay = round(DECAY * steps) * cell.batch * cell.seq_len
+    words += ["--schedule.floor", "1", "--schedule.anneal_tokens", str(decay)]
+    words += ["--schedule.warmup_steps", str(min(WARMUP, cell.lengths[0] // 4)), "--sparsity.warmup_steps", "100"]
+    words += ["--validation.every", "0", "--validation.documents", str(DOCUMENTS)]
+    words += ["--validation.characters", str(characters), "--validation.batch_size", "32"]
+    return [*words, "--samples.prompts", "--checkpoint.every", "0", "--checkpoint.keep", "1"]
 
 
-def config_of(cell: Cell, settings: dict[str, Any], compiled: bool) -> Any:
+def config_of(cell: Cell, seed: int, settings: dict[str, Any]) -> Any:
     from sidlm.train.config import load_config
 
-    words = words_of(cell, Path(settings["data"]), settings["shards"], settings["characters"])
+    words = words_of(cell, seed, cell.lengths[-1], Path(settings["data"]), settings["shards"], settings["characters"])
     words += ["--data.cache_dir", f"{settings['work']}/cache", "--train.out", f"{settings['work']}/run-{os.getpid()}"]
-    words += ["--train.device", settings["device"], "--train.compile", "auto" if compiled else "off"]
-    return load_config(None, words)
+    return load_config(None, [*words, "--train.device", settings["device"]])
 
 
-def run_cell(cell: Cell, compiled: bool, settings: dict[str, Any], tell: Any) -> dict[str, Any]:
-    """Train one cell and score its answers; the row without the cell's own fields."""
+class Once:
+    """A tokenizer that remembers what it encoded: every model of a process is validated on the same texts."""
+
+    KNOWN: ClassVar[dict[tuple[str, ...], list[list[int]]]] = {}
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        found = self.KNOWN.get(tuple(texts))
+        if found is None:
+            found = self.KNOWN[tuple(texts)] = self.tokenizer.encode_batch(texts)
+        return found
+
+
+def run_cell(cell: Cell, compiled: bool, settings: dict[str, Any], tell: Any) -> None:
+    """Train one cell; tells ("curve", point) now and then and ("row", fields) for each seed and length."""
+    import torch
+
+    from sidlm.train import hardware
+    from sidlm.train.build import build_model, open_text
+
+    cfgs = [config_of(cell, seed, settings) for seed in cell.seeds]
+    texts = [open_text(cfg, resumed=False, log=None) for cfg in cfgs]
+    texts = [dataclasses.replace(text, tokenizer=Once(text.tokenizer)) for text in texts]
+    device, models = hardware.resolve_device(settings["device"]), []
+    for cfg, text in zip(cfgs, texts, strict=True):
+        torch.manual_seed(cfg.train.seed)
+        models.append(build_model(cfg, text.tokenizer, device=device).to(device).train())
+    run = SeedRun(cfgs, [text.loader for text in texts], models, device)
+    if compiled and device.type == "cuda":
+        run.compile()
+    started, looking = time.perf_counter(), 0.0
+    for step, decayed in run.lengths(cell.lengths, DECAY):
+        losses = torch.stack(run.losses).mean(0).tolist()  # the one wait for the device
+        run.losses.clear()
+        tell(("curve", {"step": step, "decayed": decayed, "train": losses, "seconds": time.perf_counter() - started}))
+        if not all(math.isfinite(loss) for loss in losses):
+            raise FloatingPointError(f"the loss is {losses} before step {step}")
+        if decayed:
+            now = time.perf_counter()
+            for i, (seed, text) in enumerate(zip(cell.seeds, texts, strict=True)):
+                facts = {"train_loss": losses[i], "seconds": now - started - looking}
+                tell(("row", facts | row_of(cell, seed, step, run.of(i), text, cfgs[i], settings)))
+            looking += time.perf_counter() - now
+
+
+def row_of(
+    cell: Cell, seed: int, steps: int, model: Any, text: Any, cfg: Any, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What is known of one trained model."""
     from sidlm.models.flops import num_parameters, train_flops_per_token
-    from sidlm.train.loop import train
+    from sidlm.train import hardware
+    from sidlm.train.observe import observing, validate
 
-    cfg, made = config_of(cell, settings, compiled), recipe(cell)
-    out = Path(cfg.train.out)
-    shutil.rmtree(out, ignore_errors=True)
-    losses: list[float] = []
-    speeds: list[float] = []
-
-    def on_step(record: dict[str, Any]) -> None:
-        losses.append(record["loss"])
-        speeds.append(record["tokens_per_second"])
-        if "valid" in record or record["step"] % 100 == 0:
-            recent = [x for x in losses[-20:] if x is not None]
-            point = {"step": record["step"], "tokens": record["tokens"], "train": sum(recent) / max(1, len(recent))}
-            tell(("curve", point | ({"valid": record["valid"]["all"]["loss"]} if "valid" in record else {})))
-
-    started = time.perf_counter()
-    result = train(cfg, on_step=on_step)
-    seconds = time.perf_counter() - started
-    domains = {
-        name: {"loss": v["loss"], "bpb": v["bits_per_byte"]} for name, v in result.valid.items() if name != "all"
-    }
-    words = words_of(cell, Path(), settings["shards"], settings["characters"])
+    made, device = recipe(cell), hardware.resolve_device(settings["device"])
+    precision = hardware.resolve_precision("auto", device)
+    valid = validate(model, text, cfg, device, precision)
+    tokens = steps * cell.batch * cell.seq_len
+    words = words_of(cell, seed, steps, Path(), settings["shards"], settings["characters"])
     row = {
+        "name": cell.row_name(seed, steps), "seed": seed, "steps": steps, "tokens": tokens,
         "params": num_parameters(made.config), "params_non_embedding": num_parameters(made.config, non_embedding=True),
-        "tokens": result.tokens, "loss": result.valid["all"]["loss"], "bpb": result.valid["all"]["bits_per_byte"],
-        "valid_tokens": result.valid["all"]["tokens"], "domains": domains,
-        "flops": train_flops_per_token(made.config, cell.seq_len) * result.tokens, "seconds": seconds,
-        "peak_lr": made.lr, "tokens_per_second": statistics.median(speeds), "peak_memory": result.peak_memory,
+        "loss": valid["all"]["loss"], "bpb": valid["all"]["bits_per_byte"], "valid_tokens": valid["all"]["tokens"],
+        "domains": {k: {"loss": v["loss"], "bpb": v["bits_per_byte"]} for k, v in valid.items() if k != "all"},
+        "flops": train_flops_per_token(made.config, cell.seq_len) * tokens, "peak_lr": made.lr,
         "command": shlex.join(["sid", "train", *words]),
     }  # fmt: skip
-    if cell.tasks:
-        row["answers"] = answers(out / "model", Path(settings["data"]) / "tasks", cfg)
-    shutil.rmtree(out, ignore_errors=True)
+    if cell.tasks and steps == cell.lengths[-1]:
+        with observing(model, device, precision):
+            row["answers"] = answers(model, text.tokenizer, Path(settings["data"]) / "tasks", device)
     return row
 
 
-def answers(model_folder: Path, tasks: Path, cfg: Any) -> dict[str, dict[str, float]]:
+def answers(model: Any, tokenizer: Any, tasks: Path, device: Any) -> dict[str, dict[str, float]]:
     """NLL of the right answers of each question file, nats per question and per token."""
-    import torch
-
-    from sidlm.data import Tokenizer
     from sidlm.evaluate.tasks import read_task, score_task
-    from sidlm.models import SidForCausalLM
-    from sidlm.train import hardware
 
-    device = hardware.resolve_device(cfg.train.device)
-    model: Any = SidForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
-    tokenizer = Tokenizer.load(model_folder)
     scores = {}
-    with torch.no_grad(), hardware.autocast(device, hardware.resolve_precision("auto", device)):
-        for path in sorted(tasks.glob("*.jsonl")):
-            found = score_task(model, tokenizer, read_task(path), batch_size=64, max_len=1024, device=device)
-            scores[path.stem] = {"nll": found.nll, "nll_per_token": found.nll_per_token, "questions": found.questions}
+    for path in sorted(tasks.glob("*.jsonl")):
+        found = score_task(model, tokenizer, read_task(path), batch_size=128, max_len=1024, device=device)
+        scores[path.stem] = {"nll": found.nll, "nll_per_token": found.nll_per_token, "questions": found.questions}
     return scores
 
 
 def serve(connection: Any, gpu: int, settings: dict[str, Any]) -> None:
-    """The process: receives (cell, whether to compile), answers with "curve" messages and then "done" or "failed"."""
+    """The process: receives (cell, whether to compile), tells "curve"s and "row"s, then "done" or "failed"."""
     log = open(f"{settings['work']}/worker-{os.getpid()}.log", "w", encoding="utf-8")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -142,12 +159,12 @@ def serve(connection: Any, gpu: int, settings: dict[str, Any]) -> None:
     while True:
         cell, compiled = connection.recv()
         try:
-            row = run_cell(cell, compiled, settings, connection.send)
+            run_cell(cell, compiled, settings, connection.send)
         except BaseException:
             traceback.print_exc()
             connection.send(("failed", traceback.format_exc()))
             sys.exit(1)  # what an error left of the device's context would fail every other cell, too
-        connection.send(("done", row))
+        connection.send(("done", None))
         # the next cell has other shapes: graphs of this one would make their dimensions dynamic
         torch._dynamo.reset()
         gc.collect()

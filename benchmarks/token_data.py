@@ -16,6 +16,8 @@ from typing import Any
 
 import zstandard
 
+from sidlm.cli.main import main as sid
+
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
@@ -61,13 +63,17 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--eval", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", type=int, default=14)
+    parser.add_argument("--shards", type=int, default=10)
     parser.add_argument("--questions", type=int, default=400)
     args = parser.parse_args()
     (args.out / "tasks").mkdir(parents=True, exist_ok=True)
-    names = [f"train-{i:02}.jsonl.zst" for i in range(args.shards)] + ["valid.jsonl.zst", "tokenizer-16k.json"]
+    names = [f"train-{i:02}.jsonl.zst" for i in range(args.shards)] + ["valid.jsonl.zst"]
     for name in names:
         shutil.copyfile(args.corpus / name, args.out / name)
+    text = [str(args.out / f"train-{i:02}.jsonl.zst") for i in range(min(3, args.shards))]
+    make = ["tokenizer", "train", *text, "--out", str(args.out / "tokenizer-4k"), "--vocab-size", "4096"]
+    if not (args.out / "tokenizer-4k").exists() and sid(make):
+        raise SystemExit("the tokenizer was not made")
     for name, (file, convert) in TASKS.items():
         items = [item for item in lines(args.eval / f"{file}.jsonl.zst") if wanted(name, item)]
         rows = [convert(item) for item in every(items, args.questions)]

@@ -16,7 +16,8 @@ from sidlm.models.flops import num_parameters, train_flops_per_token
 def test_variants_of_a_size_have_equal_parameters():
     for size in ("xs", "s", "m", "l"):
         made = {
-            v: cells.recipe(cells.Cell(group="", size=size, variant=v, seed=0, steps=9)).config for v in cells.VARIANTS
+            v: cells.recipe(cells.Cell(group="", size=size, variant=v, seeds=(0,), lengths=(9,))).config
+            for v in cells.VARIANTS
         }
         base = num_parameters(made["full"], non_embedding=True)
         for name, config in made.items():
@@ -30,8 +31,11 @@ def test_the_plan_has_each_cell_once_and_whole_seeds():
     plan = cells.plan()
     names = [cell.name for cell in plan]
     assert len(set(names)) == len(names)
-    core = {(c.size, c.variant, c.seed) for c in plan if c.group == "core"}
-    assert core == {(s, v, n) for s in ("xs", "s", "m", "l") for v in cells.CORE for n in range(3)}
+    rows = [name for cell in plan for name in cell.row_names]
+    assert len(set(rows)) == len(rows)
+    core = {(c.size, c.variant, c.seeds, c.lengths) for c in plan if c.group == "core"}
+    lengths = tuple(128 * millions for millions in cells.LENGTHS)
+    assert core == {(s, v, (0, 1, 2), lengths) for s in ("xs", "s", "m", "l") for v in cells.CORE}
 
 
 def rows(values):
@@ -69,7 +73,7 @@ def test_the_next_cell_is_the_first_that_fits_in_the_time():
 
     import token_efficiency
 
-    large, small = (cells.Cell(group="core", size=s, variant="full", seed=0, steps=1000) for s in ("l", "xs"))
+    large, small = (cells.Cell(group="core", size=s, variant="full", seeds=(0,), lengths=(1000,)) for s in ("l", "xs"))
     pool = token_efficiency.Pool.__new__(token_efficiency.Pool)
     pool.args, pool.queue, pool.retries = Namespace(workers=1), [large, small], []
     pool.factors = defaultdict(list)
@@ -80,3 +84,50 @@ def test_the_next_cell_is_the_first_that_fits_in_the_time():
     pool.factors["l"] = [0.0]
     pool.retries, pool.queue = [large], []
     assert pool.next() == (large, False)
+
+
+def test_seeds_together_are_what_training_computes_for_each(tmp_path):
+    import torch
+    from _token_seeds import SeedRun
+
+    from sidlm.train.build import build_model, open_text
+    from sidlm.train.config import load_config
+    from sidlm.train.loop import train
+
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(12):
+        (text / f"{i}.txt").write_text(" ".join(f"{i * j % 97} is {j} of {i}." for j in range(200)))
+    fields = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 4}
+    words = ["--model.preset", "nano", "--model.set", *(f"{k}={v}" for k, v in fields.items())]
+    words += ["--data.train", str(text), "--data.vocab_size", "520", "--data.seq_len", "48"]
+    words += ["--data.cache_dir", str(tmp_path / "cache"), "--train.batch_size", "2", "--train.device", "cpu"]
+    words += ["--train.compile", "off", "--optim.name", "muon", "--optim.embedding_lr_scale", "10"]
+    words += ["--optim.lr", "0.01", "--schedule.floor", "1", "--schedule.warmup_steps", "2", "--samples.prompts"]
+
+    def config(seed, steps, decay):
+        length = ["--train.steps", str(steps), "--schedule.anneal_tokens", str(decay * 2 * 48)]
+        return load_config(
+            None, [*words, *length, "--train.seed", str(seed), "--train.out", str(tmp_path / f"{seed}-{steps}")]
+        )
+
+    cfgs = [config(seed, 10, 4) for seed in (3, 4)]
+    texts = [open_text(cfg, resumed=False, log=None) for cfg in cfgs]
+    models = []
+    for cfg, text in zip(cfgs, texts, strict=True):
+        torch.manual_seed(cfg.train.seed)
+        models.append(build_model(cfg, text.tokenizer))
+    run = SeedRun(cfgs, [text.loader for text in texts], models, torch.device("cpu"))
+    found = {}
+    for step, decayed in run.lengths((5, 10), 0.4):
+        if decayed:
+            for i, cfg in enumerate(cfgs):
+                found[cfg.train.seed, step] = run.losses[-1][i].item(), run.of(i).state_dict()["lm_head.weight"].clone()
+    assert sorted(found) == [(3, 5), (3, 10), (4, 5), (4, 10)]
+    for (seed, steps), (loss, head) in found.items():
+        result = train(config(seed, steps, round(0.4 * steps)))
+        assert loss == pytest.approx(result.loss, abs=1e-3), (seed, steps)
+        from safetensors.torch import load_file
+
+        trained = load_file(result.out / "model" / "model.safetensors")["lm_head.weight"]
+        assert (head - trained).abs().max() < 1e-3 and (head - trained).abs().mean() < 1e-4, (seed, steps)
