@@ -175,6 +175,8 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
     device = local_device(cfg)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # the last collectives, for a dump when nothing moves: recording one takes microseconds
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     dist.init_process_group(BACKENDS.get(device.type, "gloo"), timeout=PATIENCE)
     # it warns every process once that what is split twice is gathered in two messages, as it is for an export
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
