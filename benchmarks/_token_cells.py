@@ -18,11 +18,11 @@ from sidlm.models.flops import num_parameters, train_flops_per_token
 SIZES: dict[str, dict[str, Any]] = {
     "xs": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 344},
     "s": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 512},
-    "m": {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 704},
-    "l": {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 1, "ff": 1024},
+    "m": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 704},
+    "l": {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 1024},
     "toy": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "ff": 64},
 }
-"""About 0.9M, 1.7M, 5.6M and 13M parameters without embeddings; "toy" tries the script out."""
+"""About 0.9M, 1.6M, 2.8M and 5.7M parameters without embeddings; "toy" tries the script out."""
 LR = {"toy": 4e-3, "xs": 6e-3, "s": 5e-3, "m": 4e-3, "l": 3.3e-3}
 """Base learning rate: about 4e-3 at width 256, and as 1/sqrt(width)."""
 
@@ -44,6 +44,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trilinear (256,16)": {"mixer": "simplicial_attention", "simplicial_window": [256, 16]},
     "trilinear (128,8)": {"mixer": "simplicial_attention", "simplicial_window": [128, 8]},
     "trilinear (64,8)": {"mixer": "simplicial_attention", "simplicial_window": [64, 8]},
+    "determinant (64,8)": {"mixer": "simplicial_attention", "simplicial_window": [64, 8]} | DETERMINANT,
+    "determinant (32,4)": {"mixer": "simplicial_attention", "simplicial_window": [32, 4]} | DETERMINANT,
+    "trilinear (64,8) every 2nd": {"mixer": "simplicial_attention", "simplicial_window": [64, 8], "every": 2},
+    "determinant (64,8) every 2nd": {
+        "mixer": "simplicial_attention", "simplicial_window": [64, 8], "every": 2,
+    } | DETERMINANT,
     "sliding 512": {"mixer": "sliding_attention", "sliding_window": 512},
     "trilinear, no norm": {"mixer": "simplicial_attention", "simplicial_qk_norm": False},
     "trilinear, no positions": {"mixer": "simplicial_attention", "simplicial_position": "none"},
@@ -66,9 +72,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Name -> fields of the model that differ from full attention with SwiGLU; `mixer` stands in every 4th layer."""
 CORE = ("full", "sliding", "trilinear", "determinant", "deeper")
-WINDOWS = ("trilinear (128,8)", "trilinear (256,16)", "trilinear (64,8)", "sliding 512", "trilinear (512,32)")
+CHEAP = (
+    "determinant (64,8)", "trilinear (64,8)", "determinant (64,8) every 2nd", "trilinear (64,8) every 2nd",
+    "determinant (32,4)",
+)  # fmt: skip
+WINDOWS = ("trilinear (128,8)", "trilinear (256,16)", "sliding 512", "trilinear (512,32)")
 TREATMENTS = tuple(v for v in VARIANTS if v.startswith(("trilinear,", "determinant,")))
-EVERY_2ND = tuple(v for v in VARIANTS if v.endswith("every 2nd"))
+EVERY_2ND = tuple(v for v in VARIANTS if v.endswith("every 2nd") and v not in CHEAP)
 SQUARED_RELU = tuple(v for v in VARIANTS if v.startswith(("squared", "2:4")))
 
 MILLION = 1_048_576
@@ -77,7 +87,7 @@ SEQ_LEN = 1024
 BATCH = 8
 DECAY = 0.2
 """Share of a run in which the learning rate falls to zero."""
-LENGTHS = (2, 4, 8, 16)
+LENGTHS = (1, 2, 4, 8)
 """Millions of tokens."""
 
 
@@ -180,31 +190,27 @@ def plan(*, million: int = MILLION) -> list[Cell]:
         steps = tuple(max(10 * (i + 1), round(n * million / tokens)) for i, n in enumerate(lengths))
         return Cell(group=group, size=size, variant=variant, seeds=tuple(seeds), lengths=steps, **others)
 
-    three, short = (0, 1, 2), LENGTHS[:3]
+    four, three, sizes = (0, 1, 2, 3), (0, 1, 2), ("l", "m", "s", "xs")
+    core = {v: {s: cell("core", s, v, four, LENGTHS, tasks=True) for s in sizes} for v in CORE}
+    first = [core[v][s] for s in sizes for v in CORE[:4]]
+    deeper = [core["deeper"][s] for s in sizes]
     noise = [
-        *(cell("noise", "s", "full", three, short, lr=lr) for lr in (2.0, 0.5)),
-        *(cell("noise", "s", "full", three, short, batch=batch) for batch in (4, 16)),
-        cell("noise", "s", "full", (3, 4, 5), LENGTHS),
-        cell("noise", "s", "full", three, LENGTHS[:2], repeat=1),
+        *(cell("noise", "s", "full", four, LENGTHS[:3], lr=lr) for lr in (2.0, 0.5)),
+        *(cell("noise", "s", "full", four, LENGTHS[:3], batch=batch) for batch in (4, 16)),
+        cell("noise", "s", "full", four, LENGTHS[:2], repeat=1),
     ]
-    core = {s: [cell("core", s, v, three, LENGTHS, tasks=True) for v in CORE] for s in ("l", "m", "s", "xs")}
     rates = [
-        cell("rates", "s", v, three, short, lr=lr)
+        cell("rates", "s", v, three, LENGTHS[2:3], lr=lr)
         for lr in (2.0, 0.5)
-        for v in ("trilinear", "determinant", "sliding", "deeper")
+        for v in ("trilinear", "determinant", "sliding")
     ]
     ablations = [
-        cell("ablation", "s", v, three, LENGTHS[1:3])
-        for v in (*EVERY_2ND, *WINDOWS[:-1], *TREATMENTS, *SQUARED_RELU[:-1], *WINDOWS[-1:])
+        cell("ablation", "s", v, three, LENGTHS[2:3])
+        for v in (*CHEAP, *EVERY_2ND, *WINDOWS[:-1], *TREATMENTS, *SQUARED_RELU[:-1], *WINDOWS[-1:])
     ]
-    sparse = [cell("ablation", "s", SQUARED_RELU[-1], [seed], LENGTHS[1:3]) for seed in three]
-    more = [
-        cell("seeds", size, v, (3, 4, 5), LENGTHS) for size in ("s", "xs") for v in CORE if (size, v) != ("s", "full")
-    ]
-    # large cells are long: they begin first, and small ones fill the card beside them
-    first = [*core["l"][:4], core["s"][0], noise[0], *core["m"][:3]]
-    rest = [*core["l"][4:], *core["m"][3:], *core["s"][1:], *core["xs"], *noise[1:], *rates, *ablations, *sparse, *more]
-    return [*first, *rest]
+    sparse = [cell("ablation", "s", SQUARED_RELU[-1], [seed], LENGTHS[2:3]) for seed in three]
+    more = [cell("seeds", size, v, (4, 5, 6, 7), LENGTHS) for size in ("s", "xs") for v in CORE]
+    return [*first, *noise, *deeper, *ablations, *rates, *sparse, *more]
 
 
 def toy() -> list[Cell]:
@@ -222,4 +228,4 @@ def cost(cell: Cell) -> float:
     """Seconds that a cell takes of an H200, a rough guess made before the first run."""
     config = recipe(cell).config
     tokens = cell.steps_in_all * cell.batch * cell.seq_len * len(cell.seeds)
-    return tokens * (train_flops_per_token(config, cell.seq_len) / 250e12 + 2e-8 + 1e-8 * config.num_hidden_layers)
+    return tokens * (train_flops_per_token(config, cell.seq_len) / 250e12 + 2e-8 + 1.2e-8 * config.num_hidden_layers)

@@ -3,7 +3,8 @@
 Where the weights of S models lie in one tensor (S, ...), their rows in one batch (S * B, T) and only linear layers,
 norms and embeddings know of S, every kernel works for all seeds at once. Attention has no weights and sees more rows.
 Each seed's loss, gradient, clipping and steps are its own: what comes out is what `sid train` computes for each of
-them (tests/benchmarks/test_token_study.py), with its schedule of a constant rate and a linear decay to zero.
+them where no row holds two documents (tests/benchmarks/test_token_study.py), with its schedule of a constant rate and a
+linear decay to zero. Nothing is compiled: runs of a minute would spend most of it on that.
 
 One seed alone keeps its own modules: 2:4 sparsity takes plain linear layers only.
 
@@ -13,9 +14,7 @@ lengths cost little more than the longest.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidlm.nn.norm import RMSNorm
-from sidlm.ops import linear_cross_entropy
 from sidlm.train import hardware, sparsity
 from sidlm.train.config import OptimConfig, RunConfig
 from sidlm.train.optim import is_matrix
@@ -71,6 +69,7 @@ class SeedEmbedding(nn.Module):
         return F.embedding(flat, self.weight.view(-1, dim))
 
 
+Rows = Callable[[int], tuple[Tensor, Tensor]]
 TOGETHER: dict[type, type] = {nn.Linear: SeedLinear, RMSNorm: SeedNorm, nn.Embedding: SeedEmbedding}
 
 
@@ -179,94 +178,104 @@ class SeedOptimizer:
 
 
 class SeedRun:
-    """The runs of `cfgs`, which differ in their seed alone, as far as the constant learning rate goes, and branches."""
+    """Runs that differ in their seed alone, together as far as the constant learning rate goes, and their branches.
 
-    def __init__(self, cfgs: Sequence[RunConfig], loaders: Sequence[Any], models: Sequence[Any], device: torch.device):
-        self.cfg, self.loaders, self.seeds, self.device = cfgs[0], loaders, len(cfgs), device
-        self.plain = copy.deepcopy(models[0])
+    rows: step -> (inputs, labels) on the device, (S * B, T) each, one seed behind the other; rows are plain text
+    without borders between documents, -100 is no label.
+    """
+
+    def __init__(self, models: Sequence[Any], cfg: RunConfig, rows: Rows):
+        self.cfg, self.rows, self.seeds = cfg, rows, len(models)
+        self.device = next(models[0].parameters()).device
         self.model = together(models)
-        self.precision = hardware.resolve_precision(self.cfg.train.precision, device)
-        self.optimizer = SeedOptimizer(self.model, self.seeds, self.cfg.optim)
+        self.precision = hardware.resolve_precision(cfg.train.precision, self.device)
+        self.optimizer = SeedOptimizer(self.model, self.seeds, cfg.optim)
         self.sparse = sparsity.sparse_layers(self.model)
-        self.pool = ThreadPoolExecutor(1)
-        self.next: tuple[int, Any] | None = None
         self.losses: list[Tensor] = []
 
-    def of(self, seed: int) -> Any:
-        """The seed'th model by itself, until the next call."""
-        with torch.no_grad():
-            for name, p in self.plain.named_parameters():
-                p.copy_(by_seed(self.model.get_parameter(name), self.seeds)[seed])
-        return self.plain
-
-    def compile(self) -> None:
-        for block in self.model.model.layers:
-            block.forward = torch.compile(block.forward, dynamic=False)
-
-    def batch(self, step: int) -> Any:
-        """Rows of all seeds as the model takes them, pinned, and the number of labels of each seed."""
-        found = [loader.batch(step) for loader in self.loaders]
-        names = {"input_ids": "tokens", "position_ids": "positions", "doc_ids": "doc_ids", "shift_labels": "labels"}
-        rows = {key: torch.cat([getattr(batch, name) for batch in found]) for key, name in names.items()}
-        counts = torch.tensor([int((batch.labels != -100).sum()) for batch in found])
-        if self.device.type == "cuda":
-            rows, counts = {key: value.pin_memory() for key, value in rows.items()}, counts.pin_memory()
-        return rows, counts
-
-    def prefetched(self, step: int) -> Any:
-        waiting = self.next[1] if self.next and self.next[0] == step else self.pool.submit(self.batch, step)
-        self.next = (step + 1, self.pool.submit(self.batch, step + 1))
-        return waiting.result()
+    def nll(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """(S * B, T): of each label in nats, 0 where there is none."""
+        with hardware.autocast(self.device, self.precision):
+            hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden)
+        # the fused loss of training compiles for every shape first; these models are too short-lived for that
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        return losses.view(labels.shape)
 
     def step(self, step: int, lr: float) -> None:
         """One step of every seed; its losses (S,) go to self.losses and are not waited for."""
-        rows, counts = self.prefetched(step)
-        rows = {key: value.to(self.device, non_blocking=True) for key, value in rows.items()}
-        counts = counts.to(self.device, non_blocking=True)
-        labels = rows.pop("shift_labels")
-        with hardware.autocast(self.device, self.precision):
-            hidden = self.model.model(**rows, use_cache=False).last_hidden_state
-            sums = [
-                linear_cross_entropy(h, w, label)
-                for h, w, label in zip(
-                    hidden.reshape(self.seeds, -1, hidden.shape[-1]).unbind(),
-                    by_seed(self.model.lm_head.weight, self.seeds).unbind(),
-                    labels.view(self.seeds, -1).unbind(),
-                    strict=True,
-                )
-            ]
-        losses = torch.stack(sums) / counts
+        sparsity.switch(self.sparse, step, self.cfg.sparsity)
+        inputs, labels = self.rows(step)
+        nll = self.nll(inputs, labels).view(self.seeds, -1).sum(1)
+        losses = nll / (labels >= 0).view(self.seeds, -1).sum(1)
         losses.sum().backward()
         self.optimizer.step(lr)
         self.losses.append(losses.detach())
 
-    def lengths(self, lengths: Sequence[int], decay: float, *, every: int = 25) -> Iterator[tuple[int, bool]]:
+    def lengths(self, lengths: Sequence[int], decay: float, *, every: int = 32) -> Iterator[tuple[int, bool]]:
         """Train; (step, False) every `every` steps of the constant rate, (length, True) when a branch has decayed.
 
         lengths: steps, increasing; the last `decay` of them is the branch's own. The weights are put back when the
         caller has looked at a branch.
         """
         first = {steps - round(decay * steps): steps for steps in lengths}
-        cfg = self.cfg
+        peak, schedule = self.cfg.optim.lr, self.cfg.schedule
         for step in range(max(first) + 1):
             if step in first:
                 total = first[step]
                 kept = None if total == lengths[-1] else [t.clone() for t in self.optimizer.tensors()]
                 for at in range(step, total):
-                    sparsity.switch(self.sparse, at, cfg.sparsity)
-                    self.step(at, self.rate(at, total, total - step))
-                    if at % every == every - 1:
-                        yield at + 1, False
+                    lr = learning_rate(at, schedule, peak=peak, total_steps=total, anneal_steps=total - step)
+                    self.step(at, lr)
                 yield total, True
                 if kept is None:
                     return
                 for t, old in zip(self.optimizer.tensors(), kept, strict=True):
                     t.copy_(old)
-            sparsity.switch(self.sparse, step, cfg.sparsity)
-            self.step(step, learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=1 << 40))
+            self.step(step, learning_rate(step, schedule, peak=peak, total_steps=1 << 40))
             if step % every == every - 1:
                 yield step + 1, False
 
-    def rate(self, step: int, total: int, decay: int) -> float:
-        cfg = self.cfg
-        return learning_rate(step, cfg.schedule, peak=cfg.optim.lr, total_steps=total, anneal_steps=decay)
+    @torch.no_grad()
+    def score(self, rows: dict[str, Any], *, batch: int) -> list[dict[str, dict[str, float]]]:
+        """For each seed {group: {"nll", "tokens", "bytes", "rows"}} of token_data.py's rows, in nats."""
+        tokens = torch.from_numpy(rows["tokens"].astype("int64")).to(self.device)
+        place = torch.arange(tokens.shape[1] - 1, device=self.device)
+        first = torch.from_numpy(rows["first"]).to(self.device)
+        labels = tokens[:, 1:].clone()
+        labels[(labels < 0) | (place < first[:, None] - 1)] = -100
+        inputs, sums = tokens[:, :-1].clamp(min=0), []
+        for at in range(0, len(tokens), batch):
+            x, y = (part[at : at + batch].repeat(self.seeds, 1) for part in (inputs, labels))
+            sums.append(self.nll(x, y).double().sum(1).view(self.seeds, -1))
+        nll, counts = torch.cat(sums, 1).cpu().numpy(), (labels >= 0).sum(1).cpu().numpy()
+        found = []
+        for own in nll:
+            groups = {}
+            for i, name in enumerate(rows["groups"].tolist()):
+                here = rows["group"] == i
+                if not here.any():
+                    continue
+                groups[name] = {
+                    "nll": float(own[here].sum()), "tokens": int(counts[here].sum()),
+                    "bytes": int(rows["bytes"][here].sum()), "rows": int(here.sum()),
+                }  # fmt: skip
+            found.append(groups)
+        return found
+
+
+class TextRows:
+    """Rows of a text (tokens,) on the device, each seed's in an order of its own, B a step."""
+
+    def __init__(self, tokens: Tensor, seeds: Sequence[int], batch: int, length: int):
+        self.tokens, self.batch = tokens, batch
+        count = (len(tokens) - 1) // length
+        orders = [torch.randperm(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.starts = length * torch.stack(orders).to(tokens.device)
+        self.place = torch.arange(length + 1, device=tokens.device)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        count = self.starts.shape[1] // self.batch  # steps in an epoch
+        starts = self.starts[:, (step % count) * self.batch :][:, : self.batch]
+        rows = self.tokens[starts.reshape(-1, 1) + self.place].long()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

@@ -3,18 +3,17 @@
     python benchmarks/token_efficiency.py --data FOLDER --out FOLDER [--seconds 520] [--done cells.jsonl ...]
         [--workers 8] [--million 1048576] [--groups core noise ...] [--only NAME] [--list] [--toy]
 
---data holds train-*.jsonl.zst, valid.jsonl.zst, tokenizer-4k and, if answers are to be scored, tasks/*.jsonl
-(`python benchmarks/token_data.py` makes such a folder). Every cell (`_token_cells.py`) trains all of its seeds as one
+--data is what `python benchmarks/token_data.py` makes. Every cell (`_token_cells.py`) trains all of its seeds as one
 batched model in one of --workers processes for each GPU. OUT/cells.jsonl gets a row as soon as a seed has reached a
-length: variant, params, tokens, seed, loss, flops, seconds, losses by domain, the command of `sid train` that trains
-the same model; and a line for every cell with its curve and how it ended. After --seconds nothing goes on, and cells
-that were cut off are in the file as such. --done names results of earlier calls, whose finished cells are not run
-again. --list prints the plan; --only NAME runs the cells of that name, to be compared with a stored curve.
+length: variant, params, tokens, seed, loss, flops, seconds, losses by domain, the command that trains it again; and a
+line for every cell with its curve and how it ended. After --seconds nothing goes on, and cells that were cut off are in
+the file as such. --done names results of earlier calls, whose finished cells are not run again. --list prints the plan;
+--only NAME runs the cells of that name, to be compared with a stored curve.
 
 On one H200 beside nothing else, the folder of data made by token_data.py:
 
-    export TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 PYTHONPATH=src
-    python benchmarks/token_efficiency.py --data FOLDER --out OUT --seconds 520 --workers 8
+    export OMP_NUM_THREADS=1 PYTHONPATH=src
+    python benchmarks/token_efficiency.py --data FOLDER --out OUT --seconds 300 --workers 10
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from typing import Any
 
 import _token_cells as cells
 from _token_cells import Cell
-from _token_worker import serve, settings_of
+from _token_worker import ATTEMPTS, serve, settings_of
 
-OVERHEAD = 15.0
-"""Seconds of a cell that do not depend on its length: building, tracing, saving, scoring."""
+OVERHEAD = 5.0
+"""Seconds of a cell that do not depend on its length: building, first kernels, scoring."""
 
 
 class Results:
@@ -75,7 +74,7 @@ class Worker:
     connection: Connection
     gpu: int
     cell: Cell | None = None
-    compile: bool = True
+    attempt: int = 0
     since: float = 0.0
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -87,7 +86,7 @@ class Pool:
         self.args, self.queue, self.results = args, queue, results
         self.context = multiprocessing.get_context("spawn")
         self.factors: dict[str, list[float]] = defaultdict(list)
-        self.retries: list[Cell] = []
+        self.retries: list[tuple[Cell, int]] = []
         self.workers = [self.start(i % max(1, gpus)) for i in range(workers * max(1, gpus))]
         self.end = 0.0
 
@@ -109,21 +108,23 @@ class Pool:
         shorter = dataclasses.replace(cell, lengths=cell.lengths[: max(1, len(cell.lengths) - 1)])
         return OVERHEAD + factor * cells.cost(shorter)
 
-    def next(self) -> tuple[Cell, bool] | None:
-        """The next cell that fits in the time left, and whether to compile it."""
+    def next(self) -> tuple[Cell, int] | None:
+        """The next cell that fits in the time left, and which attempt it is."""
         left = self.end - time.monotonic()
-        for queue, compiled in ((self.retries, False), (self.queue, True)):
-            for cell in queue:
-                if self.estimate(cell) < left:
-                    queue.remove(cell)
-                    return cell, compiled
+        for cell, attempt in [*self.retries, *((cell, 0) for cell in self.queue)]:
+            if self.estimate(cell) < left:
+                if attempt:
+                    self.retries.remove((cell, attempt))
+                else:
+                    self.queue.remove(cell)
+                return cell, attempt
         return None
 
     def assign(self, worker: Worker) -> bool:
         found = self.next()
         if found is None:
             return False
-        worker.cell, worker.compile = found
+        worker.cell, worker.attempt = found
         worker.since, worker.curve = time.monotonic(), []
         worker.connection.send(found)
         return True
@@ -156,14 +157,17 @@ class Pool:
             worker.curve.append(value)
         elif kind == "row":
             self.add_row(worker, value)
+        elif kind == "say":
+            self.results.say(f"{worker.cell.name}: {value}")
         elif kind == "done":
             wall = time.monotonic() - worker.since
             self.factors[worker.cell.size].append(max(0.0, wall - OVERHEAD) / cells.cost(worker.cell))
             self.end_cell(worker, {"status": "done"})
         else:
-            if worker.compile:
-                self.results.say(f"again without compiling: {worker.cell.name}: {value[-1500:]}")
-                self.retries.append(worker.cell)
+            if worker.attempt + 1 < len(ATTEMPTS):
+                self.results.say(f"again with {ATTEMPTS[worker.attempt + 1]}: {worker.cell.name}: {value[-1500:]}")
+                self.retries.append((worker.cell, worker.attempt + 1))
+                worker.cell = None
             else:
                 self.end_cell(worker, {"status": "failed", "error": value[-1500:]})
             worker.process.kill()
@@ -189,16 +193,7 @@ class Pool:
 
     def facts(self, worker: Worker) -> dict[str, Any]:
         assert worker.cell is not None
-        return dataclasses.asdict(worker.cell) | {"compiled": worker.compile, "gpu": worker.gpu}
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Tokenise once, while the workers start."""
-    from _token_worker import TOKENIZER, config_of
-
-    from sidlm.data import Tokenizer, open_data
-
-    open_data(config_of(plan_of(args)[0], 0, settings_of(args)).data, Tokenizer.load(args.data / TOKENIZER))
+        return dataclasses.asdict(worker.cell) | {"attempt": ATTEMPTS[worker.attempt], "gpu": worker.gpu}
 
 
 def plan_of(args: argparse.Namespace) -> list[Cell]:
@@ -224,8 +219,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="names of cells, as --list shows them")
     parser.add_argument("--done", type=Path, nargs="*", default=[], help="cells.jsonl of earlier calls")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--shards", type=int, default=10, help="of the training text")
-    parser.add_argument("--characters", type=int, default=6000, help="of each of the 240 documents of the validation")
+    parser.add_argument("--rows", type=int, default=10_000, help="held-out rows and questions that are scored, at most")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
@@ -263,8 +257,6 @@ def main() -> None:
         facts["command"] = " ".join(["python", "benchmarks/token_efficiency.py", *sys.argv[1:]])
         (args.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
         pool = Pool(args, queue, results, gpus, args.workers)
-        prepare(args)
-        results.say("tokenised")
         pool.run(results.started + args.seconds)
         for log in sorted(Path(work).glob("*.log")):
             shutil.copyfileobj(log.open(encoding="utf-8", errors="replace"), results.log)

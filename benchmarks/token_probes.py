@@ -1,6 +1,6 @@
 """Sample complexity on tasks over triples: every number of examples and seed of a task and variant as one model.
 
-    python benchmarks/token_probes.py --out probes.jsonl [--processes 5] [--seconds 150] [--steps 1500]
+    python benchmarks/token_probes.py --out probes.jsonl [--processes 2] [--seconds 290] [--steps 1000]
         [--examples 256 1024 4096] [--seeds 0 1 2 3 4] [--tasks ...] [--variants ...] [--lr 2e-3]
 
 The models and the split are those of `sid scaling probe`, which trains one at a time; here a problem is written in at
@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from _token_seeds import SeedOptimizer, by_seed, together
 
 from sidlm.models import SidForCausalLM
 from sidlm.models.flops import num_parameters, train_flops_per_token
-from sidlm.ops import linear_cross_entropy
 from sidlm.scaling.probes.curves import TEST_PROBLEMS, VARIANTS, Probe, accuracy, config
 from sidlm.scaling.probes.tasks import TASKS, batch, problems
 from sidlm.train.config import OptimConfig
@@ -71,6 +71,9 @@ def run(probes: list[Probe], ways: int, device: torch.device, say: Any) -> None:
         losses = seed_losses(model, rows[0], rows[1], count, device)
         losses.sum().backward()
         optimizer.step(learning_rate(step, schedule, peak=first.lr, total_steps=first.steps))
+        if step in (0, 100):
+            after = time.perf_counter() - started
+            print(f"{first.task} {first.variant}: step {step}, {losses[0].item():.3f} after {after:.1f} s", flush=True)
         if (step + 1) % max(1, first.steps // 10) == 0:
             for i, (curve, loss) in enumerate(zip(curves, losses.tolist(), strict=True)):
                 with torch.no_grad():
@@ -95,13 +98,9 @@ def draw(tokens: torch.Tensor, labels: torch.Tensor, count: int, g: torch.Genera
 def seed_losses(model: Any, tokens: torch.Tensor, labels: torch.Tensor, count: int, device: torch.device) -> Any:
     with autocast(device, "bf16" if device.type == "cuda" else "fp32"):
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-        parts = zip(
-            hidden.reshape(count, -1, hidden.shape[-1]).unbind(),
-            by_seed(model.lm_head.weight, count).unbind(),
-            labels.view(count, -1).unbind(),
-            strict=True,
-        )
-        sums = torch.stack([linear_cross_entropy(h, w, label) for h, w, label in parts])
+        logits = model.lm_head(hidden)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    sums = nll.view(count, -1).sum(1)
     return sums / (labels.view(count, -1) >= 0).sum(1)
 
 
@@ -112,8 +111,8 @@ def work(queue: Any, lines: Any, ways: int, device: str) -> None:
         probes = queue.get()
         if probes is None:
             return lines.put(None)
-        for impl in ("attention=sdpa", "attention=sdpa,simplicial=eager"):
-            os.environ["SID_IMPL"] = impl
+        for impl in ("attention=sdpa,simplicial=triton", "attention=sdpa,simplicial=eager"):
+            os.environ["SID_IMPL"] = impl if device == "cuda" else ""
             try:
                 run(probes, ways, torch.device(device), lines.put)
                 break
@@ -124,13 +123,13 @@ def work(queue: Any, lines: Any, ways: int, device: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--examples", nargs="+", type=int, default=[256, 1024, 4096])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ways", type=int, default=16)
     return parser.parse_args()

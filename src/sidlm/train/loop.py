@@ -33,6 +33,7 @@ from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.average import Average
 from sidlm.train.build import Text, build_model, open_text, spread
 from sidlm.train.config import RunConfig, check, to_yaml
+from sidlm.train.health.monitor import Health
 from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
@@ -92,13 +93,20 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
     """
     check(cfg)
     with processes.started(cfg) as group, folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
-        return run(cfg, group, on_step)
+        found = group.told(folder.find_resume(cfg) if group.first else None)
+        with Health(Path(cfg.train.out), group, cfg.train.watchdog_seconds) as health:
+            return run(cfg, group, found, health, on_step)
 
 
-def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None) -> TrainResult:
+def run(
+    cfg: RunConfig,
+    group: Processes,
+    found: checkpoint.Checkpoint | None,
+    health: Health,
+    on_step: Callable[[dict[str, Any]], None] | None,
+) -> TrainResult:
     """What `train` does, in one of its processes."""
     out = Path(cfg.train.out)
-    found = group.told(folder.find_resume(cfg) if group.first else None)
     device = processes.local_device(cfg)
     precision = hardware.resolve_precision(cfg.train.precision, device)
 
@@ -134,8 +142,15 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         log = RunLog(out, step=state.step, total_steps=total_steps, log_every=log_every)
     else:
         log = NoLog()
-    saver = Saver(out / "checkpoints", cfg.checkpoint, group, log.say)
-    with stop, log, saver:
+
+    def not_saved(problem: str) -> None:
+        log.say(problem)
+        health.survived("disk", problem)
+
+    saver = Saver(out / "checkpoints", cfg.checkpoint, group, not_saved)
+    with stop, log, saver, health.noted():
+        for line in health.before:
+            log.say(f"an earlier start ended: {line}")
         log.say(headline(cfg, model, device, precision, meter, state, group))
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
@@ -145,6 +160,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
                 step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
             )
             set_learning_rate(optimizer, lr)
+            health.at("step", step + 1)
             sparsity.switch(sparse, step, cfg.sparsity)
             loss, norm, spike = train_step(model, optimizer, batch, cfg, device, precision, group, pipeline, guard)
             if cfg.schedule.average_every and step >= annealing:
@@ -169,10 +185,12 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             if sparse and due(state.step, log_every, last):
                 record["sparsity"] = sparsity.measured(sparse)
             if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
+                health.at("validation")
                 with in_use(average):
                     state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
             log.record(record)
             if cfg.samples.prompts and due(state.step, cfg.samples.every, last):
+                health.at("samples")
                 with in_use(average):
                     whole = whole_model(model, cfg, step, group)
                     if whole is not None:
@@ -181,9 +199,11 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             stop.signal = group.largest(stop.signal)
             stopping = bool(stop.signal)
             if due(state.step, cfg.checkpoint.every, last or stopping):
+                health.at("checkpoint")
                 log.sync()
                 saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint))
             if due(state.step, cfg.checkpoint.export_every, False):
+                health.at("export")
                 with in_use(average):
                     export(out, model, text, group, saver)
             if on_step is not None and group.first:
@@ -193,6 +213,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             started = time.perf_counter()
         peak_memory = hardware.peak_memory_bytes(device)
         finished = state.step == total_steps
+        health.at("export")
         if finished:
             with in_use(average):
                 export(out, model, text, group, saver)
@@ -462,3 +483,5 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if error is not None and self.signal and self.patient:
+            signal.raise_signal(self.signal)  # torchrun ends what failed with another process: now, not after a wait
