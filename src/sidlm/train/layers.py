@@ -6,6 +6,7 @@ processes then are those of the whole model: shards are parts of it, replicas co
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ class LayerStatistics:
         self.names: list[str] = []
         for index, layer in enumerate(model.model.layers):
             if isinstance(layer, Block):
-                layer.register_forward_hook(lambda _, args, out, index=index: self._see(index, out))
+                layer.register_forward_hook(partial(self._see, index))
 
-    def _see(self, index: int, out: Tensor) -> None:
+    def _see(self, index: int, _: Any, args: Any, out: Tensor) -> None:
         if self.on:
             self.outputs.setdefault(index, []).append(sums(local(out)))
 

@@ -9,15 +9,17 @@ One line each second or phase, appended and flushed, so that a kill costs at mos
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
+from sidlm.errors import SidError
 from sidlm.train.health import files
-from sidlm.train.metrics import read_json_lines
 
 PHASES = {
     "step": "training steps",
@@ -30,17 +32,27 @@ PHASES = {
     "samples": "samples",
     "checkpoint": "checkpoints, the part that training waits for",
     "export": "exports, the part that training waits for",
+    "report": "report",
 }
 """What a second can go into; only "step" is effective training time"""
 
 
 class Ledger:
-    """The first process's book; `at` says what the run turns to. out: the run folder. step: done when it begins."""
+    """The book of a start, a context manager; `at` says what the run turns to.
 
-    def __init__(self, out: Path, step: int) -> None:
-        path, now = out / "ledger.jsonl", time.time()
-        self.highest = max((line["step"] for line in read(out) if line["event"] == "spent"), default=0)
-        self.file: TextIO = path.open("a", encoding="utf-8")
+    out: the run folder, or None on processes that keep no book. step: done when it begins.
+    """
+
+    def __init__(self, out: Path | None, step: int) -> None:
+        now = time.time()
+        self.cause = "finished"
+        self.file: TextIO | None = None
+        self.highest = 0
+        if out is not None:
+            self.highest = max((line["step"] for line in read(out) if line["event"] == "spent"), default=0)
+            with contextlib.suppress(OSError):
+                self.file = (out / "ledger.jsonl").open("a", encoding="utf-8")
+                self.file.write("\n" if self.file.tell() else "")  # what a killed start left half written ends here
         self.seconds: dict[str, float] = defaultdict(float)
         self.phase, self.since, self.written, self.step = "start", now, now, step
         self.first_step = step + 1
@@ -55,16 +67,21 @@ class Ledger:
             self.step = step
             phase = "first step" if step == self.first_step else "repeated" if step <= self.highest else "step"
         self.phase = phase
-        if now - self.written >= 1.0:
+        if now - self.written >= 1.0 or phase in ("report", "end"):
             self._spent(now)
 
-    def end(self, cause: str) -> None:
-        """The start is over; nothing may follow."""
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.at("end")
         now = time.time()
-        self._spent(now)
-        self._write({"event": "end", "time": now, "cause": cause})
-        self.file.close()
+        cause = self.cause if error is None else str(error) if isinstance(error, SidError) else repr(error)
+        self._write({"event": "end", "time": now, "cause": cause[:500]})
+        if self.file is not None:
+            self.file.close()
 
     def _spent(self, now: float) -> None:
         seconds = {phase: round(value, 4) for phase, value in self.seconds.items()}
@@ -73,17 +90,20 @@ class Ledger:
         self.written = now
 
     def _write(self, line: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-        except OSError:  # a full disk must not end the run
-            pass
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # a full disk must not end the run
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ledger; [] without one."""
-    path = out / "ledger.jsonl"
-    return read_json_lines(path) if path.is_file() else []
+    """The lines of a run's ledger without half written ones; [] where there is none."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (out / "ledger.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
 
 
 @dataclass
@@ -133,9 +153,10 @@ def summary(out: Path) -> Summary:
     open_interruption: dict[str, Any] | None = None
     for line in read(out):
         if line["event"] == "start" and last is not None:
-            gap = max(0.0, line["time"] - last["time"])
-            found.seconds["restart"] += gap
-            if last["event"] != "end" or last["cause"] != "finished":
+            open_interruption = None
+            if last.get("cause") != "finished":  # else somebody wanted more steps, some day
+                gap = max(0.0, line["time"] - last["time"])
+                found.seconds["restart"] += gap
                 cause, words = _cause(last, line, history)
                 open_interruption = {"cause": cause, "line": words, "lost": gap}
                 found.interruptions.append(open_interruption)

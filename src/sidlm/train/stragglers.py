@@ -1,9 +1,9 @@
 """Which process is slow. All of them end a step together, so what counts is the time that a process does not wait.
 
-Measured are two parts of a step in which nobody waits for another process: the forward passes of the blocks (weights
-are gathered before, and on CUDA events on the stream of the computation are compared), and what Python does between the
-last message of a step and the first one of the next: optimizer, data, logging. Messages of tensor or context parallelism
-lie inside of a block: there all processes of one such group are as slow as their slowest.
+Measured are two parts of a step in which nobody waits for another process: the forward passes of the blocks, whose
+weights are gathered before (on CUDA by events on the stream of the computation), and what Python does between the last
+message of a step and the first one of the next: optimizer, data, logging. Messages of tensor or context parallelism lie
+inside of a block: there all processes of one such group are as slow as their slowest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Pace:
         self.group = group
         self.stage = 0 if group.mesh is None else group.mesh.get_local_rank("pp")
         self.cuda = device.type == "cuda"
-        self.seconds, self.since, self.steps, self.wall = 0.0, None, 0, 0.0
+        self.warm = False
+        self.since: float | None = None
+        self.seconds, self.steps, self.wall, self.tokens, self.used = 0.0, 0, 0.0, 0, 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.begun: Any = None
         self.slow: tuple[int, int] = (-1, 0)
@@ -69,17 +71,28 @@ class Pace:
             self.seconds += time.perf_counter() - self.since
         self.since = None
 
-    def step_done(self, seconds: float) -> None:
+    def step_done(self, seconds: float, tokens: int, mfu: float) -> None:
+        """A step is over. tokens: of the whole batch. mfu: of this process in it."""
+        if not self.warm:  # what compiles is slow everywhere
+            self.warm = True
+            self.seconds, self.events = 0.0, []
+            return
         self.steps += 1
         self.wall += seconds
+        self.tokens += tokens
+        self.used += mfu * seconds
 
-    def report(self, tokens_per_second: float, mfu: float) -> tuple[dict[str, list[float]], str | None, int]:
+    def report(self) -> tuple[dict[str, list[float]] | None, str | None, int]:
         """(numbers of all processes since the last report, by rank; a line if another process is slow now, or none any
-        more; its rank or -1), the same on all processes. Give this process's own speed."""
+        more; its rank or -1), the same on all processes. Tokens are shared out evenly, speeds are by each process's
+        own clock."""
+        if self.group.count == 1 or not self.steps:
+            return None, None, -1
+        tokens_per_second, mfu = self.tokens / self.group.count / self.wall, self.used / self.wall
         own = self.seconds + sum(a.elapsed_time(b) for a, b in self.events if b.query()) / 1000
-        steps, wall = max(1, self.steps), self.wall
+        steps, wall = self.steps, self.wall
         rows = self.group.numbers([own / steps, tokens_per_second, mfu, float(self.stage)])
-        self.seconds, self.events, self.steps, self.wall = 0.0, [], 0, 0.0
+        self.seconds, self.events, self.steps, self.wall, self.tokens, self.used = 0.0, [], 0, 0.0, 0, 0.0
         local, speeds, mfus, stages = (list(column) for column in zip(*rows, strict=True))
         line, rank = self._judge(local, stages, steps, wall / steps)
         return {"local_seconds": local, "tokens_per_second": speeds, "mfu": mfus}, line, rank

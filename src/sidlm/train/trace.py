@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-@dataclass(frozen=True, kw_only=True)
-class StepRange:
-    """Some steps, counted from 1."""
-
-    start: int = 1
-    """first step"""
-    steps: int = 0
-    """how many; 0 = none"""
-
-    def __contains__(self, step: int) -> bool:
-        return self.start <= step < self.start + self.steps
+from sidlm.train.steps import StepRange
 
 
 class Tracer:
