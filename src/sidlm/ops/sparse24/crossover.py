@@ -46,3 +46,9 @@ def nearest(device: str, fp8: bool, features: int) -> Crossover:
     known = [x for x in TABLE if (x.device, x.fp8) == (device, fp8) and x.features <= 2 * features]
     assumed = Crossover(device, fp8, features, 0, ASSUMED, ASSUMED_STEP, ASSUMED_STEP)
     return min(known, key=lambda x: abs(x.features - features), default=assumed)
+
+
+def steps(device: str, fp8: bool) -> str:
+    """Features and tokens of all entries that a step of this device and precision may go by."""
+    known = [f"{x.features}: {x.tokens}" for x in TABLE if (x.device, x.fp8) == (device, fp8)]
+    return ", ".join([*known, f"else {ASSUMED_STEP}"])
