@@ -104,8 +104,8 @@ class Injector:
 
     @contextlib.contextmanager
     def flipping(self, model: Any) -> Iterator[None]:
-        """Flip the bit that is due while gradients are computed in the body: of odd faults one before the reduction,
-        in the gradient of the embedding's output, of even ones after it, in what this process holds of a parameter's."""
+        """Flip the bit that is due while gradients are computed in the body: of odd faults before the reduction, in the
+        gradient of the embedding's output, of even ones after it, in what this process holds of a parameter's."""
         fault, self.flip = self.flip, None
         if fault is None:
             yield

@@ -36,8 +36,9 @@ from kill_resume import TINY, write_corpus
 COUNTS = {"kill": 8, "stop": 4, "hang": 4, "slow": 4, "flip": 5, "disk": 4, "cut": 4, "reset": 3}
 NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens", "valid")
 SETTINGS = shlex.split(
-    "--parallel.dp_replicate 2 --train.verify_every 1 --train.verify_recompute_every 1 --checkpoint.every 5 --checkpoint.max_failed 100 --validation.every 40 --validation.documents 4 "
-    "--checkpoint.export_every 0 --data.valid_fraction 0.05"
+    "--parallel.dp_replicate 2 --train.verify_every 1 --train.verify_recompute_every 1 --checkpoint.every 5 "
+    "--checkpoint.max_failed 100 --checkpoint.export_every 0 --validation.every 40 --validation.documents 4 "
+    "--data.valid_fraction 0.05"
 )
 SLOW_STEPS = 4
 FREED_AFTER = 5.0
