@@ -33,14 +33,14 @@ from typing import Any
 from _faults import KINDS, Fault, Injector, free, schedule
 from kill_resume import TINY, write_corpus
 
-COUNTS = {"kill": 8, "stop": 4, "hang": 4, "slow": 4, "flip": 5, "disk": 4, "cut": 4, "reset": 3}
+COUNTS = {"kill": 8, "stop": 3, "hang": 4, "slow": 4, "flip": 5, "disk": 3, "cut": 3, "reset": 3}
 NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens", "valid")
 SETTINGS = shlex.split(
     "--parallel.dp_replicate 2 --train.verify_every 1 --train.verify_recompute_every 1 --checkpoint.every 5 "
     "--checkpoint.max_failed 100 --checkpoint.export_every 0 --validation.every 40 --validation.documents 4 "
     "--data.valid_fraction 0.05"
 )
-SLOW_STEPS = 4
+SLOW_STEPS = 2
 FREED_AFTER = 5.0
 """Seconds until a full disk has room again"""
 
@@ -224,8 +224,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", nargs="*", default=[], metavar="KIND=N", help=f"faults; all of {COUNTS}")
-    parser.add_argument("--gap", type=int, default=7, help="steps between two faults, and sometimes one or two more")
-    parser.add_argument("--watchdog", type=float, default=8.0, help="train.watchdog_seconds")
+    parser.add_argument("--gap", type=int, default=6, help="steps between two faults, and sometimes one or two more")
+    parser.add_argument("--watchdog", type=float, default=10.0, help="train.watchdog_seconds")
     parser.add_argument("--slow", type=float, default=3.0, help="seconds by which a slow process is late in a step")
     parser.add_argument("--megabytes", type=int, default=24, help="size of the disk")
     parser.add_argument("--folder", type=Path, help="keep the runs here")

@@ -17,7 +17,7 @@ from sidlm.train.health import dump, files
 NOTED, SLOW = 1.5, 2.0
 """Times the usual duration from which a step's arrivals are written, and from which they are judged"""
 
-KNOWN = 8
+KNOWN = 5
 """Steps until it is known what is usual"""
 
 GAP = 5.0
