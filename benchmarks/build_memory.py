@@ -2,8 +2,8 @@
 
 python benchmarks/build_memory.py --json benchmarks/results/build_memory.json
 
-Four gloo processes, FSDP, a model of about 1 GB of float32 weights; and one process of the 16,384 of the 405B. "whole" is
-what loops commonly do: every process builds the model and then keeps its part.
+Four gloo processes, FSDP, a model of about 1 GB of float32 weights; and one process of the 16,384 of the 405B. "whole":
+what loops commonly do, every process builds the model and then keeps its part.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def worker(way: str, folder: Path) -> None:
     parallelize(small, mesh, ShardConfig(precision="fp32"))
     dist.barrier()
     found, model = peak_of(lambda: build(way, folder, mesh))
-    found |= {"held": sum(local_part(p)[0].numel() * 4 for p in model.parameters()), "drawn": float(
-        model.model.layers[3].mlp.down_proj.weight.to_local().double().square().sum()
+    found |= {"held": sum(local_part(p)[0].numel() * 4 for p in model.parameters()), "squares": float(
+        model.model.layers[3].mlp.down_proj.weight.detach().to_local().double().square().sum()
     )}  # fmt: skip
     if way == "drawn":
         dcp.save(

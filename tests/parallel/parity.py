@@ -158,19 +158,26 @@ def from_meta(name: str, sizes: dict[str, int]) -> dict[str, Tensor]:
     return train(model, batch_share(mesh), mesh, pipeline)
 
 
-def half_precision() -> dict[str, tuple[float, float]]:
+HALF = {
+    "tp2 x fsdp2 trilinear": ("trilinear", {"tp": 2}, {}),
+    "pp2 x fsdp2 trilinear": ("trilinear", {"pp": 2}, {}),
+    "ep2 x pp2 experts": ("experts", {"pp": 2}, {"ep": 2}),
+}
+
+
+def half_precision(case: str) -> dict[str, tuple[float, float]]:
     """Relative errors of a step in bf16 over float32 weights, and of torch's own in one process, by tensor."""
-    sizes, name = {"tp": 2}, "trilinear"
+    name, sizes, settings = HALF[case]
     mesh = build_mesh(ParallelConfig(**sizes), "cpu")
     model = build(name).float()
-    parallelize(model, mesh, ShardConfig(precision="bf16"))
+    pipeline = parallelize(model, mesh, ShardConfig(precision="bf16", **settings))
     own = train(build(name).bfloat16(), (0, 1), None)
-    found = train(model, batch_share(mesh), mesh)
+    found = train(model, batch_share(mesh), mesh, pipeline)
     assert {x.dtype for x in found.values()} == {torch.float32}
     return {
-        key: (relative(found[key], x), relative(own[key], x))
+        f"{case}: {key}": (relative(found[key], x), relative(own[key], x))
         for key, x in alone(name).items()
-        if not key.startswith("weight")
+        if not key.startswith("weight") and key in found
     }
 
 
@@ -218,8 +225,15 @@ CASES = {
     "pp2 x tp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
     "pp4 determinant, gpipe": lambda: staged("determinant", {"pp": 4}, schedule="gpipe"),
     "ep2 x fsdp2 experts": lambda: planned("experts", {}, ep=2),
+    "tp4 sparse, compiled": lambda: compiled("sparse", {"tp": 4}),
+    "ep2 x pp2 experts, compiled": lambda: compiled("experts", {"pp": 2}, ep=2),
 }
 MORE = {
+    "pp2 x fsdp2 determinant, compiled": lambda: compiled("determinant", {"pp": 2}),
+    "pp2 x tp2 trilinear, compiled and recomputed": lambda: compiled(
+        "trilinear", {"pp": 2, "tp": 2}, recompute="blocks"
+    ),
+    "ep4 experts, compiled": lambda: compiled("experts", {}, ep=4),
     "ep4 experts": lambda: planned("experts", {}, ep=4),
     "ep2 x replicate2 experts": lambda: planned("experts", {"dp_replicate": 2}, ep=2),
     "ep2 x pp2 experts": lambda: planned("experts", {"pp": 2}, ep=2),
@@ -285,7 +299,7 @@ def main(rank: int, folder: Path) -> None:
     half = {}
     if cases is CASES:
         errors |= {f"loss of {rows} rows": loss_of_rows(rows) for rows in (131, 5)}
-        half = half_precision()
+        half = {name: errors for case in HALF for name, errors in half_precision(case).items()}
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, (errors, half))
     if rank == 0:

@@ -27,7 +27,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
 
 
 def test_loss_gradients_norm_and_weights_after_two_steps_are_those_of_one_process(results):
-    assert len(results["errors"]) == 19
+    assert len(results["errors"]) == 21
     for case, errors in results["errors"].items():
         for name, error in errors.items():
             assert error <= TOLERANCE, f"{case}: {name}"
@@ -38,7 +38,7 @@ def test_half_precision_is_as_good_as_torch_alone(results):
     for errors in results["half"]:
         for name, (error, own) in errors.items():
             # the loss and the norm are single numbers, whose own error may be small by chance
-            assert error <= (2 * own if name.startswith("grad") else 2**-7), name
+            assert error <= (2 * own if ": grad" in name else 2**-7), name
 
 
 @pytest.mark.slow
