@@ -90,11 +90,14 @@ def build_model(
     """
     from sidlm.models import SidForCausalLM
     from sidlm.models.initial import distributions
+    from sidlm.parallel.context import check_halo
     from sidlm.parallel.materialize import allocate, draw_weights, read_weights
 
     config, checkpoint = _start(cfg, read=not resumed) if cfg.model.init_from else (_fresh(cfg, tokenizer), None)
     if config.vocab_size < tokenizer.vocab_size:
         raise SidError(f"model vocab_size={config.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens")
+    if cfg.parallel.cp > 1:
+        check_halo(config, min(phase.seq_len for phase in phases(cfg)), cfg.parallel.cp)
     with torch.device("meta"):
         model = SidForCausalLM(config).float().train()
     fresh = distributions(model, config)  # before layers are exchanged and stages lose theirs
