@@ -1,4 +1,4 @@
-"""Tensor, context and data parallelism and their mixes over four gloo processes, against one process."""
+"""Every kind of parallelism and their mixes over two, four and eight gloo processes, against one process."""
 
 import json
 import subprocess
@@ -42,8 +42,8 @@ def test_half_precision_is_as_good_as_torch_alone(results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", ["more", "eight"])
-def test_other_mixes_compiled_blocks_and_eight_processes(tmp_path, cases):
+@pytest.mark.parametrize("cases", ["two", "more", "eight"])
+def test_two_and_eight_processes_and_other_mixes(tmp_path, cases):
     for case, errors in results_of(tmp_path, cases)["errors"].items():
         for name, error in errors.items():
             assert error <= TOLERANCE, f"{case}: {name}"

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sidlm.data.sources import Document
     from sidlm.data.tokenizer import Tokenizer
     from sidlm.models.config import SidConfig
-    from sidlm.models.convert.source import SafetensorsCheckpoint
     from sidlm.models.modeling import SidForCausalLM
     from sidlm.parallel.pipeline import Pipeline
 
@@ -89,13 +88,17 @@ def build_model(
     Raises SidError for an unknown preset or field (naming the nearest) and for values that do not fit together.
     """
     from sidlm.models import SidForCausalLM
+    from sidlm.models.convert.source import SafetensorsCheckpoint, read_config
     from sidlm.models.initial import distributions
     from sidlm.parallel.context import check_halo
     from sidlm.parallel.materialize import allocate, draw_weights, read_weights
 
-    config, checkpoint = _start(cfg, read=not resumed) if cfg.model.init_from else (_fresh(cfg, tokenizer), None)
+    start = start_folder(cfg.model.init_from) if cfg.model.init_from else None
+    config = _fresh(cfg, tokenizer) if start is None else read_config(start, cfg.model.overrides)
     if config.vocab_size < tokenizer.vocab_size:
         raise SidError(f"model vocab_size={config.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens")
+    # before any memory: what is missing or has another shape must not start at random
+    checkpoint = SafetensorsCheckpoint(start, cfg.model.overrides) if start is not None and not resumed else None
     if cfg.parallel.cp > 1:
         check_halo(config, min(phase.seq_len for phase in phases(cfg)), cfg.parallel.cp)
     with torch.device("meta"):
@@ -107,8 +110,8 @@ def build_model(
         read_weights(model, checkpoint)
     elif not resumed:
         draw_weights(model, fresh, cfg.train.seed)
-    if cfg.model.init_from:
-        _generate_alike(model, start_folder(cfg.model.init_from))
+    if start is not None:
+        _generate_alike(model, start)
     return model, pipeline
 
 
@@ -129,16 +132,6 @@ def start_folder(path: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise SidError(f"model.init_from: no config.json in {path} nor in {Path(path) / 'model'}")
-
-
-def _start(cfg: RunConfig, *, read: bool) -> tuple[SidConfig, SafetensorsCheckpoint | None]:
-    from sidlm.models.convert.source import SafetensorsCheckpoint, read_config
-
-    folder = start_folder(cfg.model.init_from)
-    if not read:
-        return read_config(folder, cfg.model.overrides), None
-    checkpoint = SafetensorsCheckpoint(folder, cfg.model.overrides)
-    return checkpoint.config, checkpoint
 
 
 def _generate_alike(model: SidForCausalLM, folder: Path) -> None:
