@@ -68,6 +68,8 @@ class OptimConfig:
     """peak learning rate"""
     down_proj_lr_scale: float = 1.0
     """learning rate of the last matrices of feed-forward layers, in multiples of lr; squared ReLU may want 0.1"""
+    embedding_lr_scale: float = 1.0
+    """learning rate of the embedding, in multiples of lr; small models with a head of their own learn sooner with 10"""
     beta1: float = 0.9
     """decay of the first moment"""
     beta2: float = 0.95
@@ -237,7 +239,7 @@ def check(cfg: RunConfig) -> None:
     for key, low in at_least.items():
         if not flat[key] >= low:
             raise SidError(f"{key} must be at least {low}, got {flat[key]}")
-    for key in ("optim.lr", "optim.down_proj_lr_scale"):
+    for key in ("optim.lr", "optim.down_proj_lr_scale", "optim.embedding_lr_scale"):
         if not flat[key] > 0:
             raise SidError(f"{key} must be above 0, got {flat[key]}")
     for key in ("optim.beta1", "optim.beta2", "optim.muon_momentum"):

@@ -224,8 +224,8 @@ def train_step(
     """
     labelled = group.sum_rows(int((batch.labels != -100).sum()))
     if pipeline is not None:
-        part = batch.to(device, non_blocking=True)
-        loss = pipeline.step(arguments(part), num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
+        part = arguments(batch, device)
+        loss = pipeline.step(part, num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
     else:
         # a micro-batch keeps its tokens where rows become longer
         rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
@@ -234,9 +234,11 @@ def train_step(
         autocast = "fp32" if group.mesh is not None else precision
         loss = torch.zeros((), device=device)
         for first in range(0, len(batch), rows):
-            part = batch[first : first + rows].to(device, non_blocking=True)
+            part = arguments(
+                batch[first : first + rows], device, offsets=device.type == "cuda" and cfg.parallel.cp == 1
+            )
             with hardware.autocast(device, autocast):
-                micro_loss = model(**arguments(part), num_items_in_batch=labelled, use_cache=False).loss
+                micro_loss = model(**part, num_items_in_batch=labelled, use_cache=False).loss
             micro_loss.backward()
             loss += micro_loss.detach()
     loss = group.sum_tokens(loss)
@@ -289,11 +291,22 @@ def export(out: Path, model: Any, text: Text, group: Processes, saver: Saver) ->
     saver.background(lambda: folder.export_model(out, whole, weights, text.tokenizer))
 
 
-def arguments(rows: Batch) -> dict[str, torch.Tensor]:
-    """Rows of a batch as the model takes them."""
-    return {
-        "input_ids": rows.tokens, "position_ids": rows.positions, "doc_ids": rows.doc_ids, "shift_labels": rows.labels,
-    }  # fmt: skip
+def arguments(rows: Batch, device: torch.device, *, offsets: bool = False) -> dict[str, Any]:
+    """Rows of a batch on the host as the model takes them on a device.
+
+    What is looked at here needs no wait for the device: rows of one document each are told by nothing, which is plain
+    causal attention. offsets: whether documents in packed rows are told by where they begin, too.
+    """
+    placed = rows.to(device, non_blocking=True)
+    found: dict[str, Any] = {"input_ids": placed.tokens, "shift_labels": placed.labels}
+    if rows.packed:
+        found |= {"position_ids": placed.positions, "doc_ids": placed.doc_ids}
+        if offsets:
+            starts, longest = rows.offsets()
+            found |= {"cu_seq_lens_q": starts.to(device, non_blocking=True), "max_length_q": longest}
+            # how many documents there are changes from batch to batch
+            torch._dynamo.maybe_mark_dynamic(found["cu_seq_lens_q"], 0)
+    return found
 
 
 def update_balance(model: Any, ok: bool, group: Processes) -> None:
