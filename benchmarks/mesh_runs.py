@@ -2,7 +2,7 @@
 
 python benchmarks/mesh_runs.py --json benchmarks/results/mesh_runs.json
 
-`sid train` in one process and under torchrun; fp32 on CPUs with gloo, packed documents, a vocabulary of 521. Each run is
+`sid train` in one process and under torchrun; fp32 on CPUs with gloo, packed documents, vocabulary of 521. Each run is
 compared with that of one process, a run that went on on the same mesh with the undisturbed one on that mesh.
 """
 

@@ -53,10 +53,9 @@ def flip(path: Path) -> None:
 
 def other_past(run: Path) -> dict:
     """The folder says the same run, the checkpoint in it is another model's."""
-    for name in ("config.yaml",):
-        text = (run / name).read_text()
-        assert "intermediate_size=48" in text
-        (run / name).write_text(text.replace("intermediate_size=48", "intermediate_size=64"))
+    config = run / "config.yaml"
+    assert "intermediate_size: 48" in config.read_text()
+    config.write_text(config.read_text().replace("intermediate_size: 48", "intermediate_size: 64"))
     return {"model.set": [x.replace("=48", "=64") for x in SIZES["model.set"]], "train.steps": 6}
 
 
@@ -70,7 +69,7 @@ def start_from(run: Path, change) -> dict:
     """A new run that starts from this one's exported model."""
     change(run / "model")
     shutil.rmtree(run / "checkpoints")
-    return {"model.init_from": run / "model", "model.set": ["rms_norm_eps=1e-5"], "train.out": run.parent / "new"}
+    return {"model.init_from": run / "model", "model.set": ["rms_norm_eps=0.00001"], "train.out": run.parent / "new"}
 
 
 def another_kind(model: Path) -> None:
