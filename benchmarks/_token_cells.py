@@ -44,6 +44,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trilinear (256,16)": {"mixer": "simplicial_attention", "simplicial_window": [256, 16]},
     "trilinear (128,8)": {"mixer": "simplicial_attention", "simplicial_window": [128, 8]},
     "trilinear (64,8)": {"mixer": "simplicial_attention", "simplicial_window": [64, 8]},
+    "determinant (64,8)": {"mixer": "simplicial_attention", "simplicial_window": [64, 8]} | DETERMINANT,
+    "determinant (32,4)": {"mixer": "simplicial_attention", "simplicial_window": [32, 4]} | DETERMINANT,
+    "trilinear (64,8) every 2nd": {"mixer": "simplicial_attention", "simplicial_window": [64, 8], "every": 2},
+    "determinant (64,8) every 2nd": {
+        "mixer": "simplicial_attention", "simplicial_window": [64, 8], "every": 2,
+    } | DETERMINANT,
     "sliding 512": {"mixer": "sliding_attention", "sliding_window": 512},
     "trilinear, no norm": {"mixer": "simplicial_attention", "simplicial_qk_norm": False},
     "trilinear, no positions": {"mixer": "simplicial_attention", "simplicial_position": "none"},
@@ -66,9 +72,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Name -> fields of the model that differ from full attention with SwiGLU; `mixer` stands in every 4th layer."""
 CORE = ("full", "sliding", "trilinear", "determinant", "deeper")
-WINDOWS = ("trilinear (128,8)", "trilinear (256,16)", "trilinear (64,8)", "sliding 512", "trilinear (512,32)")
+CHEAP = (
+    "determinant (64,8)", "trilinear (64,8)", "determinant (64,8) every 2nd", "trilinear (64,8) every 2nd",
+    "determinant (32,4)",
+)  # fmt: skip
+WINDOWS = ("trilinear (128,8)", "trilinear (256,16)", "sliding 512", "trilinear (512,32)")
 TREATMENTS = tuple(v for v in VARIANTS if v.startswith(("trilinear,", "determinant,")))
-EVERY_2ND = tuple(v for v in VARIANTS if v.endswith("every 2nd"))
+EVERY_2ND = tuple(v for v in VARIANTS if v.endswith("every 2nd") and v not in CHEAP)
 SQUARED_RELU = tuple(v for v in VARIANTS if v.startswith(("squared", "2:4")))
 
 MILLION = 1_048_576
@@ -196,7 +206,7 @@ def plan(*, million: int = MILLION) -> list[Cell]:
     ]
     ablations = [
         cell("ablation", "s", v, three, LENGTHS[2:3])
-        for v in (*EVERY_2ND, *WINDOWS[:-1], *TREATMENTS, *SQUARED_RELU[:-1], *WINDOWS[-1:])
+        for v in (*CHEAP, *EVERY_2ND, *WINDOWS[:-1], *TREATMENTS, *SQUARED_RELU[:-1], *WINDOWS[-1:])
     ]
     sparse = [cell("ablation", "s", SQUARED_RELU[-1], [seed], LENGTHS[2:3]) for seed in three]
     more = [cell("seeds", size, v, (4, 5, 6, 7), LENGTHS) for size in ("s", "xs") for v in CORE]

@@ -267,14 +267,12 @@ class SidModel(SidPreTrainedModel):
             doc_ids = base.masked_fill(padding, -1)
         if cache is not None:
             _check_continuation(cache, doc_ids, past, given)
-        masks = {}
+        masks, kind = {}, {"device": device, "dtype": x.dtype, "head_dim": self.config.head_dim}
         for layer_type in set(self.config.layer_types or ()) - {"simplicial_attention"}:
             window = self.config.sliding_window if layer_type == "sliding_attention" else None
             length = t + (past if window is None else min(past, window - 1))
             ids = None if doc_ids is None else doc_ids[:, -length:]
-            masks[layer_type] = ops.attention_mask(
-                t, length, window=window, doc_ids=ids, offsets=offsets, device=device, dtype=x.dtype
-            )
+            masks[layer_type] = ops.attention_mask(t, length, window=window, doc_ids=ids, offsets=offsets, **kind)
         # looking waits for the device, as it did above for padding and for a cache
         look = "simplicial_attention" in (self.config.layer_types or ()) and (padding is not None or cache is not None)
         return Context(position_ids, doc_ids, masks, look and _has_holes(doc_ids, past))
