@@ -138,8 +138,6 @@ def spread(
     from sidlm.parallel.recompute import recompute_block
 
     if cfg.train.float8 != "off":
-        if cfg.parallel.tp > 1:
-            raise SidError(f"train.float8 {cfg.train.float8} and parallel.tp {cfg.parallel.tp} do not go together yet")
         convert(model, cfg.train.float8, device)
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:

@@ -109,7 +109,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
     model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
     model.to(device).train()
     pipeline = spread(model, cfg, group.mesh, device, precision)
-    optimizer = make_optimizer(model, cfg.optim)
+    optimizer = make_optimizer(model, cfg.optim, group.mesh)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
     state, annealing = RunState(), cfg.train.steps - anneal_steps(cfg)
