@@ -175,7 +175,7 @@ def test_what_has_passed_is_fixed(words, tmp_path, gates):
         main(words(tmp_path / "run", **{"extend.stages": ["384:2x96", STAGES[1]]}))
     with pytest.raises(SidError, match="stage 2, which has passed, is 512:2x128@20000 there and not there here"):
         main(words(tmp_path / "run", **{"extend.stages": STAGES[:1]}))
-    with pytest.raises(SidError, match="validation.documents is 64 there and 3 here"):
+    with pytest.raises(SidError, match=r"validation\.documents is 64 there and 3 here"):
         main(words(tmp_path / "run", **{"validation.documents": 3}))
     gates(3.0, 1)
     assert main(words(tmp_path / "run", **{"extend.stages": [*STAGES, "1K:1x160"]})) == 0  # one more may follow

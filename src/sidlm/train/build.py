@@ -138,7 +138,7 @@ def spread(
     from sidlm.parallel.recompute import recompute_block
 
     if cfg.train.float8 != "off":
-        convert(model, cfg.train.float8, device)
+        convert(model, cfg.train.float8, device, cfg.parallel.tp)
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
         for block in model.model.layers:

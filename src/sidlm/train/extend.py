@@ -32,7 +32,7 @@ SAME = ("model.init_from", "data.", "validation.documents", "validation.characte
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """Stages of a context extension, and what lets a stage pass."""
+    """Stages of a context extension (`sid extend` alone), and what lets a stage pass."""
 
     stages: tuple[str, ...] = ()
     """TOKENS:ROWSxLENGTH, in any number: a stage trains on TOKENS tokens in steps of ROWS rows of LENGTH tokens, e.g.

@@ -37,7 +37,7 @@ from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.processes import Processes
-from sidlm.train.recipe import anneal_steps
+from sidlm.train.recipe import anneal_steps, micro_batch_rows
 from sidlm.train.report import write_report
 from sidlm.train.saving import Saver
 from sidlm.train.schedule import learning_rate
@@ -225,13 +225,12 @@ def train_step(
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
     labelled = group.sum_rows(int((batch.labels != -100).sum()))
+    rows = micro_batch_rows(cfg, batch.tokens.shape[1])
     if pipeline is not None:
         part = batch.to(device, non_blocking=True)
-        loss = pipeline.step(arguments(part), num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
+        loss = pipeline.step(arguments(part), num_items=labelled, micro_batch_size=rows or 1)
     else:
-        # a micro-batch keeps its tokens where rows become longer
-        rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
-        rows = rows if cfg.train.micro_batch_size else len(batch)
+        rows = rows or len(batch)
         # a sharded model casts its weights itself, once for each time that it gathers them
         autocast = "fp32" if group.mesh is not None else precision
         loss = torch.zeros((), device=device)

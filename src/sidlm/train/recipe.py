@@ -51,6 +51,12 @@ def phases(cfg: RunConfig) -> tuple[Phase, ...]:
     return plan_phases(first, changes)
 
 
+def micro_batch_rows(cfg: RunConfig, seq_len: int) -> int:
+    """Rows of a micro-batch where rows have `seq_len` tokens, 0 if train.micro_batch_size is: one keeps its tokens."""
+    size = cfg.train.micro_batch_size
+    return max(1, size * cfg.data.seq_len // seq_len) if size else 0
+
+
 def anneal_steps(cfg: RunConfig) -> int:
     """Last steps in which the learning rate falls to zero: those that hold schedule.anneal_tokens."""
     if not cfg.schedule.anneal_tokens:
