@@ -15,20 +15,25 @@ FP8 = torch.float8_e4m3fn
 
 @triton.jit
 def _write(
-    x, plain_ptr, turned_ptr, row, column, rows, columns, mask, inverse, PLAIN: tl.constexpr, TURNED: tl.constexpr
-):
-    """x [BM, BN] times 1 / scale to (rows, columns) and to its transpose."""
+    x, plain_ptr, turned_ptr, row, column, rows, columns, mask, inverse, again,
+    PLAIN: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """x [BM, BN] times 1 / scale to (rows, columns) and to its transpose.
+
+    again: 1 / scale once more, so that each store has a cast of its own. Of one cast stored both ways, ptxas 12 makes
+    a transposed store with bytes that nobody wrote, NaN among them (triton-lang/triton issue 11111).
+    """
     if PLAIN:
         at = row[:, None] * columns + column[None, :]
         tl.store(plain_ptr + at, (x * inverse).to(plain_ptr.dtype.element_ty), mask=mask)
     if TURNED:
         at = column[None, :] * rows + row[:, None]
-        tl.store(turned_ptr + at, (x * inverse).to(turned_ptr.dtype.element_ty), mask=mask)
+        tl.store(turned_ptr + at, (x * again).to(turned_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _forward(
-    x_ptr, plain_ptr, turned_ptr, inverse, rows, columns, stride,
+    x_ptr, plain_ptr, turned_ptr, inverse, again, rows, columns, stride,
     KIND: tl.constexpr, PLAIN: tl.constexpr, TURNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """KIND 0: x itself; 1: relu(x)^2; 2: silu(x) times what lies `columns` further right."""
@@ -42,12 +47,12 @@ def _forward(
         x = x * x
     if KIND == 2:
         x = x * tl.sigmoid(x) * tl.load(at + columns, mask=mask, other=0.0).to(tl.float32)
-    _write(x, plain_ptr, turned_ptr, row, column, rows, columns, mask, inverse, PLAIN, TURNED)
+    _write(x, plain_ptr, turned_ptr, row, column, rows, columns, mask, inverse, again, PLAIN, TURNED)
 
 
 @triton.jit
 def _backward(
-    y_ptr, dh_ptr, h_turned_ptr, plain_ptr, turned_ptr, h_inverse, inverse, rows, columns,
+    y_ptr, dh_ptr, h_turned_ptr, plain_ptr, turned_ptr, h_inverse, inverse, again, rows, columns,
     KIND: tl.constexpr, H: tl.constexpr, TURNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of what `_forward` computes (KIND 1, 2) from that of its result; H: also its result, transposed."""
@@ -67,17 +72,15 @@ def _backward(
         silu = y * s
         h, dy = silu * up, dh * up * (s + silu * (1 - s))
         second = column + columns
-        _write(dh * silu, plain_ptr, turned_ptr, row, second, rows, wide, mask, inverse, True, TURNED)
-    _write(dy, plain_ptr, turned_ptr, row, column, rows, wide, mask, inverse, True, TURNED)
+        _write(dh * silu, plain_ptr, turned_ptr, row, second, rows, wide, mask, inverse, again, True, TURNED)
+    _write(dy, plain_ptr, turned_ptr, row, column, rows, wide, mask, inverse, again, True, TURNED)
     if H:
-        _write(h, h_turned_ptr, h_turned_ptr, row, column, rows, columns, mask, h_inverse, False, True)
+        _write(h, h_turned_ptr, h_turned_ptr, row, column, rows, columns, mask, h_inverse, h_inverse, False, True)
 
 
 KINDS = {"copy": 0, "relu2": 1, "swiglu": 2}
 TILE = {"BM": 64, "BN": 64, "num_warps": 8}
 BACKWARD_TILE = {"BM": 128, "BN": 64, "num_warps": 8}
-"""With 64 x 64 the transposed gradient alone goes through shared memory as single bytes that are read in pairs (Triton
-3.6), and on an H200 3% of it came out as NaN (T=1024, F=21504), of which its plain form had none."""
 
 
 def pointwise(
@@ -90,7 +93,7 @@ def pointwise(
     wide = 1 if turned else 4  # nothing is transposed: longer rows
     grid = triton.cdiv(rows, TILE["BM"] // wide), triton.cdiv(columns, TILE["BN"] * wide)
     _forward[grid](
-        x, out, other, 1 / scale, rows, columns, x.stride(0), KIND=KINDS[kind], PLAIN=plain, TURNED=turned,
+        x, out, other, 1 / scale, 1 / scale, rows, columns, x.stride(0), KIND=KINDS[kind], PLAIN=plain, TURNED=turned,
         BM=TILE["BM"] // wide, BN=TILE["BN"] * wide, num_warps=8,
     )  # fmt: skip
     return out, other
@@ -106,8 +109,8 @@ def pointwise_backward(
     dy_turned = y.new_empty((y.shape[1], rows) if turned else 0, dtype=dtype)
     grid = triton.cdiv(rows, BACKWARD_TILE["BM"]), triton.cdiv(columns, BACKWARD_TILE["BN"])
     _backward[grid](
-        y, dh, h_turned, plain, dy_turned, 1 / h_scale, 1 / scale, rows, columns, KIND=KINDS[kind], H=turned,
-        TURNED=turned, **BACKWARD_TILE,
+        y, dh, h_turned, plain, dy_turned, 1 / h_scale, 1 / scale, 1 / scale, rows, columns, KIND=KINDS[kind],
+        H=turned, TURNED=turned, **BACKWARD_TILE,
     )  # fmt: skip
     return h_turned, plain, dy_turned
 

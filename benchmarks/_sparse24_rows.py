@@ -69,7 +69,8 @@ def full() -> list[Task]:
     """Most important first: --budget-seconds cuts the end off."""
     tasks = quick()
     tasks += layers("Llama-8B", 32768)
-    tasks += [t for model in ("7B", "1.5B", "70B") for tokens in TOKENS for t in layers(model, tokens)]
+    others = (2048, 512, 16384, 1024, 4096, 32768)  # where the crossovers lie first
+    tasks += [t for tokens in others for model in ("7B", "1.5B", "70B") for t in layers(model, tokens)]
     tasks += [t for density in (0.02, 0.16) for t in layers("Llama-8B", 8192, density)]
     tasks += [t for model in MODELS for tokens in TOKENS[::-1] for t in gemms(model, tokens, SPARSE_PRODUCTS)]
     tasks += [t for model in MODELS for tokens in TOKENS[::-1] for t in gemms(model, tokens)]

@@ -1,13 +1,14 @@
-"""The cells of the study of token efficiency: which models, how long, which seeds, and in which order.
+"""The runs of the study of token efficiency: which models, how long, which seeds, and in which order.
 
-A cell is one training run. Variants of one size have equal parameters (the feed-forward width makes up for k2_proj and
-v2_proj) unless the name says otherwise; cells of one seed read the same rows in the same order. The order of the list
-is the order in which cells start, so that a study that time cuts off has whole pairs.
+A cell is one model of one recipe, trained with several seeds at once (`_token_seeds.py`) and looked at after several
+lengths; each seed and length gives one row of results. Variants of one size have equal parameters (the feed-forward
+width makes up for k2_proj and v2_proj) unless the name says otherwise; rows of one seed have read the same tokens in
+the same order. The order of the list is the order in which cells start.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +17,14 @@ from sidlm.models.flops import num_parameters, train_flops_per_token
 
 SIZES: dict[str, dict[str, Any]] = {
     "xs": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 344},
-    "s": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 704},
-    "m": {"hidden_size": 320, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 864},
-    "l": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 1, "ff": 1408},
+    "s": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 512},
+    "m": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 704},
+    "l": {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 1024},
     "toy": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "ff": 64},
 }
-"""About 0.9M, 2.8M, 8.3M and 22M parameters without embeddings; "toy" tries the script out."""
-LR = {"toy": 4e-3, "xs": 4e-3, "s": 2.8e-3, "m": 2.5e-3, "l": 2e-3}
-"""Base learning rate: 2e-3 at width 512, the pilot's, and as 1/sqrt(width) below."""
+"""About 0.9M, 1.6M, 2.8M and 5.7M parameters without embeddings; "toy" tries the script out."""
+LR = {"toy": 4e-3, "xs": 6e-3, "s": 5e-3, "m": 4e-3, "l": 3.3e-3}
+"""Base learning rate: about 4e-3 at width 256, and as 1/sqrt(width)."""
 
 SIMPLICIAL = {
     "simplicial_form": "trilinear", "simplicial_window": [128, 16], "simplicial_position": "rope",
@@ -43,6 +44,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trilinear (256,16)": {"mixer": "simplicial_attention", "simplicial_window": [256, 16]},
     "trilinear (128,8)": {"mixer": "simplicial_attention", "simplicial_window": [128, 8]},
     "trilinear (64,8)": {"mixer": "simplicial_attention", "simplicial_window": [64, 8]},
+    "determinant (64,8)": {"mixer": "simplicial_attention", "simplicial_window": [64, 8]} | DETERMINANT,
+    "determinant (32,4)": {"mixer": "simplicial_attention", "simplicial_window": [32, 4]} | DETERMINANT,
+    "trilinear (64,8) every 2nd": {"mixer": "simplicial_attention", "simplicial_window": [64, 8], "every": 2},
+    "determinant (64,8) every 2nd": {
+        "mixer": "simplicial_attention", "simplicial_window": [64, 8], "every": 2,
+    } | DETERMINANT,
     "sliding 512": {"mixer": "sliding_attention", "sliding_window": 512},
     "trilinear, no norm": {"mixer": "simplicial_attention", "simplicial_qk_norm": False},
     "trilinear, no positions": {"mixer": "simplicial_attention", "simplicial_position": "none"},
@@ -65,26 +72,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Name -> fields of the model that differ from full attention with SwiGLU; `mixer` stands in every 4th layer."""
 CORE = ("full", "sliding", "trilinear", "determinant", "deeper")
-WINDOWS = ("trilinear (128,8)", "trilinear (256,16)", "trilinear (64,8)", "trilinear (512,32)", "sliding 512")
+CHEAP = (
+    "determinant (64,8)", "trilinear (64,8)", "determinant (64,8) every 2nd", "trilinear (64,8) every 2nd",
+    "determinant (32,4)",
+)  # fmt: skip
+WINDOWS = ("trilinear (128,8)", "trilinear (256,16)", "sliding 512", "trilinear (512,32)")
 TREATMENTS = tuple(v for v in VARIANTS if v.startswith(("trilinear,", "determinant,")))
-EVERY_2ND = tuple(v for v in VARIANTS if v.endswith("every 2nd"))
+EVERY_2ND = tuple(v for v in VARIANTS if v.endswith("every 2nd") and v not in CHEAP)
 SQUARED_RELU = tuple(v for v in VARIANTS if v.startswith(("squared", "2:4")))
 
-MILLION = 1_000_000
-VOCABULARY = 16384
+MILLION = 1_048_576
+VOCABULARY = 4096
 SEQ_LEN = 1024
-BATCH = 16
+BATCH = 8
+DECAY = 0.2
+"""Share of a run in which the learning rate falls to zero."""
+LENGTHS = (1, 2, 4, 8)
+"""Millions of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run. lr is a factor of the size's base rate; tasks: whether answers of tasks are scored at the end."""
+    """Runs that are trained together. lr is a factor of the size's base rate; lengths in steps; tasks: whether answers
+    of tasks are scored at the last length."""
 
     group: str
     size: str
     variant: str
-    seed: int
-    steps: int
+    seeds: tuple[int, ...]
+    lengths: tuple[int, ...]
     batch: int = BATCH
     seq_len: int = SEQ_LEN
     lr: float = 1.0
@@ -93,8 +109,24 @@ class Cell:
 
     @property
     def name(self) -> str:
+        return f"{self.kind} seeds {','.join(map(str, self.seeds))} to {self.lengths[-1]}"
+
+    @property
+    def kind(self) -> str:
         repeat = f" run {self.repeat}" if self.repeat else ""
-        return f"{self.size} {self.variant} {self.steps}x{self.batch} lr{self.lr:g} seed {self.seed}{repeat}"
+        return f"{self.size} {self.variant} b{self.batch} lr{self.lr:g}{repeat}"
+
+    def row_name(self, seed: int, steps: int) -> str:
+        return f"{self.kind} seed {seed} steps {steps}"
+
+    @property
+    def row_names(self) -> list[str]:
+        return [self.row_name(seed, steps) for steps in self.lengths for seed in self.seeds]
+
+    @property
+    def steps_in_all(self) -> int:
+        """Steps done for all lengths: the longest, and the decays of the others."""
+        return self.lengths[-1] + sum(round(DECAY * steps) for steps in self.lengths[:-1])
 
 
 @dataclass(frozen=True)
@@ -151,67 +183,49 @@ def plan(*, million: int = MILLION) -> list[Cell]:
     million: tokens that count as one million; fewer shorten every run.
     """
 
-    def cell(group: str, size: str, variant: str, seed: int, tokens: float, **others: Any) -> Cell:
-        steps = max(2, round(tokens * million / (others.get("batch", BATCH) * SEQ_LEN)))
-        return Cell(group=group, size=size, variant=variant, seed=seed, steps=steps, **others)
+    def cell(
+        group: str, size: str, variant: str, seeds: Sequence[int], lengths: Sequence[float], **others: Any
+    ) -> Cell:
+        tokens = others.get("batch", BATCH) * SEQ_LEN
+        steps = tuple(max(10 * (i + 1), round(n * million / tokens)) for i, n in enumerate(lengths))
+        return Cell(group=group, size=size, variant=variant, seeds=tuple(seeds), lengths=steps, **others)
 
-    core = [
-        [cell("core", size, v, seed, 16.384, tasks=True) for size in ("l", "m", "s", "xs") for v in CORE]
-        for seed in range(3)
-    ]
+    four, three, sizes = (0, 1, 2, 3), (0, 1, 2), ("l", "m", "s", "xs")
+    core = {v: {s: cell("core", s, v, four, LENGTHS, tasks=True) for s in sizes} for v in CORE}
+    first = [core[v][s] for s in sizes for v in CORE[:4]]
+    deeper = [core["deeper"][s] for s in sizes]
     noise = [
-        *(cell("noise", "s", "full", s, tokens) for tokens in (4.096, 8.192) for s in range(4)),
-        *(cell("noise", "s", "full", s, 8.192, lr=lr) for lr in (0.5, 2.0, 4.0) for s in range(3)),
-        *(cell("noise", "s", "full", s, 8.192, batch=batch) for batch in (8, 32) for s in range(3)),
-        *(cell("noise", "s", "full", 0, 16.384, repeat=r) for r in (1, 2)),
+        *(cell("noise", "s", "full", four, LENGTHS[:3], lr=lr) for lr in (2.0, 0.5)),
+        *(cell("noise", "s", "full", four, LENGTHS[:3], batch=batch) for batch in (4, 16)),
+        cell("noise", "s", "full", four, LENGTHS[:2], repeat=1),
     ]
     rates = [
-        cell("rates", "s", v, s, 8.192, lr=lr)
-        for s in range(2)
+        cell("rates", "s", v, three, LENGTHS[2:3], lr=lr)
+        for lr in (2.0, 0.5)
         for v in ("trilinear", "determinant", "sliding")
-        for lr in (1.0, 0.5, 2.0, 4.0)
     ]
     ablations = [
-        [cell("ablation", "s", v, seed, 16.384) for v in (*EVERY_2ND, *WINDOWS, *TREATMENTS, *SQUARED_RELU)]
-        for seed in range(2)
+        cell("ablation", "s", v, three, LENGTHS[2:3])
+        for v in (*CHEAP, *EVERY_2ND, *WINDOWS[:-1], *TREATMENTS, *SQUARED_RELU[:-1], *WINDOWS[-1:])
     ]
-    long = [
-        cell("length", size, v, seed, tokens)
-        for seed in range(3)
-        for size, tokens in (("s", 8.192), ("s", 32.768), ("xs", 32.768), ("m", 8.192), ("m", 32.768))
-        for v in ("full", "trilinear", "determinant", "sliding")
-    ]
-    return _once([*core[0], *noise, *rates, *core[1], *core[2], *ablations[0], *ablations[1], *long])
-
-
-def speed() -> list[Cell]:
-    """Short runs, to be timed alone on the device; after the study, whose compiled kernels are then at hand."""
-    variants = ("full", "sliding", "trilinear", "determinant", "deeper")
-    return [
-        Cell(group="speed", size=size, variant=v, seed=0, steps=48) for size in ("l", "m", "s", "xs") for v in variants
-    ]
+    sparse = [cell("ablation", "s", SQUARED_RELU[-1], [seed], LENGTHS[2:3]) for seed in three]
+    more = [cell("seeds", size, v, (4, 5, 6, 7), LENGTHS) for size in ("s", "xs") for v in CORE]
+    return [*first, *noise, *deeper, *ablations, *rates, *sparse, *more]
 
 
 def toy() -> list[Cell]:
     """A study of minutes on a CPU, to try the script."""
     variants = ("full", "trilinear", "determinant, scale d^-3/2", "2:4, down lr 0.1", "deeper")
-    short = {"steps": 6, "batch": 2, "seq_len": 64}
-    return [Cell(group="core", size="toy", variant=v, seed=0, tasks=v == "full", **short) for v in variants]
-
-
-def _once(cells: list[Cell]) -> list[Cell]:
-    """Without the cells whose run another group has already."""
-    seen, kept = set(), []
-    for cell in cells:
-        key = dataclasses.replace(cell, group="", tasks=False)
-        if key not in seen:
-            seen.add(key)
-            kept.append(cell)
-    return kept
+    short = {"lengths": (6, 10), "batch": 2, "seq_len": 64}
+    seeds = [(0,) if v.startswith("2:4") else (0, 1) for v in variants]
+    return [
+        Cell(group="core", size="toy", variant=v, seeds=s, tasks=v == "full", **short)
+        for v, s in zip(variants, seeds, strict=True)
+    ]
 
 
 def cost(cell: Cell) -> float:
     """Seconds that a cell takes of an H200, a rough guess made before the first run."""
     config = recipe(cell).config
-    tokens = cell.steps * cell.batch * cell.seq_len
-    return tokens * (train_flops_per_token(config, cell.seq_len) / 250e12 + 1e-7 + 1.5e-8 * config.num_hidden_layers)
+    tokens = cell.steps_in_all * cell.batch * cell.seq_len * len(cell.seeds)
+    return tokens * (train_flops_per_token(config, cell.seq_len) / 250e12 + 2e-8 + 1.2e-8 * config.num_hidden_layers)

@@ -72,16 +72,39 @@ def seeds_needed(spread: float, resolve: float) -> int:
     return n
 
 
-def slope(rows: list[Row], size: str, variant: str = "full") -> Mean | None:
-    """dL / d ln D at the size between its shortest and longest runs of the base rate and batch; by seeds that have
-    both, each run with a schedule of its own length."""
-    by_seed: dict[int, dict[int, float]] = defaultdict(dict)
+def by_length(rows: list[Row], size: str, variant: str) -> dict[int, dict[int, float]]:
+    """{seed: {tokens: loss}} of the runs of one size and variant."""
+    found: dict[int, dict[int, float]] = defaultdict(dict)
     for row in rows:
-        kind = row["size"], row["variant"], row["lr"], row["batch"], row["repeat"]
-        if kind == (size, variant, 1.0, 16, 0) and row["group"] != "speed":
-            by_seed[row["seed"]][row["tokens"]] = row["loss"]
+        if (row["size"], row["variant"]) == (size, variant):
+            found[row["seed"]][row["tokens"]] = row["loss"]
+    return found
+
+
+def loss_at(curve: dict[int, float], tokens: float) -> float:
+    """Loss at a number of tokens, by lines in log-log between measured lengths and on beyond the last two."""
+    known = sorted(curve)
+    after = next((i for i, n in enumerate(known) if n >= tokens), len(known) - 1)
+    low, high = known[max(1, after) - 1], known[max(1, after)]
+    slope = math.log(curve[high] / curve[low]) / math.log(high / low)
+    return curve[low] * (tokens / low) ** slope
+
+
+def at_equal_flops(rows: list[Row], variant: str, base: str, size: str, tokens: int) -> list[float]:
+    """Loss of a variant after `tokens` minus the base's after as many FLOPs, for each seed that has both."""
+    mine, other = by_length(rows, size, variant), by_length(rows, size, base)
+    cost = {row["variant"]: row["flops"] / row["tokens"] for row in rows if row["size"] == size}
+    return [
+        mine[seed][tokens] - loss_at(other[seed], tokens * cost[variant] / cost[base])
+        for seed in sorted(mine.keys() & other.keys())
+        if tokens in mine[seed] and len(other[seed]) > 1
+    ]
+
+
+def slope(rows: list[Row], size: str, variant: str = "full") -> Mean | None:
+    """dL / d ln D at the size between its two longest lengths, by seeds that have both."""
     found = []
-    for curve in by_seed.values():
+    for curve in by_length(rows, size, variant).values():
         if len(curve) > 1:
             low, high = sorted(curve)[-2:]
             found.append((curve[high] - curve[low]) / math.log(high / low))
@@ -96,19 +119,3 @@ def tokens_saved(difference: Mean, steepness: Mean) -> tuple[float, float, float
     factors = [math.exp(d / abs(steepness.value)) for d in
                (difference.value, difference.value + difference.half, difference.value - difference.half)]  # fmt: skip
     return 1 - factors[0], 1 - factors[1], 1 - factors[2]
-
-
-def exponent(rows: list[Row], variant: str) -> Mean | None:
-    """The paper's form: -ln L = alpha ln N + const by least squares over the sizes, a line for each seed; E = 0."""
-    by_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for row in rows:
-        if row["variant"] == variant:
-            by_seed[row["seed"]].append((math.log(row["params_non_embedding"]), -math.log(row["loss"])))
-    full = max((len(points) for points in by_seed.values()), default=0)
-    lines = []
-    for points in by_seed.values():
-        if len(points) == full:
-            (x, y), n = zip(*points, strict=True), len(points)
-            centre = sum(x) / n
-            lines.append(sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x))
-    return mean(lines) if full > 2 else None

@@ -3,134 +3,125 @@
 from __future__ import annotations
 
 import argparse
-import gc
+import math
 import os
-import shlex
-import shutil
-import statistics
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from _token_cells import Cell, recipe
+import numpy as np
+from _token_cells import DECAY, Cell, recipe
 
-WARMUP = 60
-DOCUMENTS = 240
+WARMUP = 64
+RECIPE = {"name": "muon", "embedding_lr_scale": 10.0}
+ATTEMPTS = ("simplicial=triton", "simplicial=hopper,attention=flex")
+"""SID_IMPL of a cell's first and second attempt. The portable kernels start sooner than those for Hopper."""
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What a worker must know; plain values, for another process."""
-    return {
-        "data": str(args.data), "work": str(args.work), "device": args.device, "shards": args.shards,
-        "characters": args.characters,
-    }  # fmt: skip
+    return {"data": str(args.data), "work": str(args.work), "device": args.device, "rows": args.rows}
 
 
-def words_of(cell: Cell, data: Path, shards: int, characters: int) -> list[str]:
-    """What follows `sid train` to train the cell's model, but for where it goes."""
-    from sidlm.train.settings import format_overrides
+def config_of(cell: Cell) -> Any:
+    """Optimizer, schedule and precision of a cell, as `sid train` takes them."""
+    from sidlm.train.config import OptimConfig, RunConfig, SparsityConfig
+    from sidlm.train.schedule import ScheduleConfig
 
     made = recipe(cell)
-    words = ["--model.preset", "nano", "--model.arch", "sid", "--model.set", *format_overrides(made.fields)]
-    words += ["--data.train", *(str(data / f"train-{i:02}.jsonl.zst") for i in range(shards))]
-    words += ["--data.valid", str(data / "valid.jsonl.zst"), "--data.tokenizer", str(data / "tokenizer-16k.json")]
-    words += ["--data.seq_len", str(cell.seq_len), "--train.steps", str(cell.steps)]
-    words += ["--train.batch_size", str(cell.batch), "--train.seed", str(cell.seed)]
-    words += ["--optim.lr", f"{made.lr:g}", "--optim.down_proj_lr_scale", f"{made.down_lr:g}"]
-    words += [
-        "--schedule.warmup_steps",
-        str(min(WARMUP, cell.steps // 2)),
-        "--sparsity.warmup_steps",
-        str(cell.steps // 10),
-    ]
-    checks = 1 if cell.group == "speed" else 4
-    words += ["--validation.every", str(max(1, cell.steps // checks)), "--validation.documents", str(DOCUMENTS)]
-    words += ["--validation.characters", str(characters), "--validation.batch_size", "16"]
-    return [
-        *words,
-        "--train.log_every",
-        "250",
-        "--samples.prompts",
-        "--checkpoint.every",
-        "0",
-        "--checkpoint.keep",
-        "1",
-    ]
+    return RunConfig(
+        optim=OptimConfig(lr=made.lr, down_proj_lr_scale=made.down_lr, **RECIPE),
+        schedule=ScheduleConfig(warmup_steps=min(WARMUP, cell.lengths[0] // 4), floor=1.0),
+        sparsity=SparsityConfig(warmup_steps=100),
+    )
 
 
-def config_of(cell: Cell, settings: dict[str, Any], compiled: bool) -> Any:
-    from sidlm.train.config import load_config
-
-    words = words_of(cell, Path(settings["data"]), settings["shards"], settings["characters"])
-    words += ["--data.cache_dir", f"{settings['work']}/cache", "--train.out", f"{settings['work']}/run-{os.getpid()}"]
-    words += ["--train.device", settings["device"], "--train.compile", "auto" if compiled else "off"]
-    return load_config(None, words)
-
-
-def run_cell(cell: Cell, compiled: bool, settings: dict[str, Any], tell: Any) -> dict[str, Any]:
-    """Train one cell and score its answers; the row without the cell's own fields."""
-    from sidlm.models.flops import num_parameters, train_flops_per_token
-    from sidlm.train.loop import train
-
-    cfg, made = config_of(cell, settings, compiled), recipe(cell)
-    out = Path(cfg.train.out)
-    shutil.rmtree(out, ignore_errors=True)
-    losses: list[float] = []
-    speeds: list[float] = []
-
-    def on_step(record: dict[str, Any]) -> None:
-        losses.append(record["loss"])
-        speeds.append(record["tokens_per_second"])
-        if "valid" in record or record["step"] % 100 == 0:
-            recent = [x for x in losses[-20:] if x is not None]
-            point = {"step": record["step"], "tokens": record["tokens"], "train": sum(recent) / max(1, len(recent))}
-            tell(("curve", point | ({"valid": record["valid"]["all"]["loss"]} if "valid" in record else {})))
-
-    started = time.perf_counter()
-    result = train(cfg, on_step=on_step)
-    seconds = time.perf_counter() - started
-    domains = {
-        name: {"loss": v["loss"], "bpb": v["bits_per_byte"]} for name, v in result.valid.items() if name != "all"
-    }
-    words = words_of(cell, Path(), settings["shards"], settings["characters"])
-    row = {
-        "params": num_parameters(made.config), "params_non_embedding": num_parameters(made.config, non_embedding=True),
-        "tokens": result.tokens, "loss": result.valid["all"]["loss"], "bpb": result.valid["all"]["bits_per_byte"],
-        "valid_tokens": result.valid["all"]["tokens"], "domains": domains,
-        "flops": train_flops_per_token(made.config, cell.seq_len) * result.tokens, "seconds": seconds,
-        "peak_lr": made.lr, "tokens_per_second": statistics.median(speeds), "peak_memory": result.peak_memory,
-        "command": shlex.join(["sid", "train", *words]),
-    }  # fmt: skip
-    if cell.tasks:
-        row["answers"] = answers(out / "model", Path(settings["data"]) / "tasks", cfg)
-    shutil.rmtree(out, ignore_errors=True)
-    return row
-
-
-def answers(model_folder: Path, tasks: Path, cfg: Any) -> dict[str, dict[str, float]]:
-    """NLL of the right answers of each question file, nats per question and per token."""
+def models_of(cell: Cell, device: Any) -> list[Any]:
+    """A freshly drawn model for each seed, as `sid train` draws it."""
     import torch
 
-    from sidlm.data import Tokenizer
-    from sidlm.evaluate.tasks import read_task, score_task
     from sidlm.models import SidForCausalLM
+
+    config, models = recipe(cell).config, []
+    for seed in cell.seeds:
+        torch.manual_seed(seed)
+        with torch.device(device):
+            models.append(SidForCausalLM(config).float().train())
+    return models
+
+
+def run_cell(cell: Cell, settings: dict[str, Any], tell: Any) -> None:
+    """Train one cell; tells ("curve", point) and ("say", words) now and then, ("row", fields) for a seed's length."""
+    import torch
+    from _token_seeds import SeedRun, TextRows
+
     from sidlm.train import hardware
 
-    device = hardware.resolve_device(cfg.train.device)
-    model: Any = SidForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
-    tokenizer = Tokenizer.load(model_folder)
-    scores = {}
-    with torch.no_grad(), hardware.autocast(device, hardware.resolve_precision("auto", device)):
-        for path in sorted(tasks.glob("*.jsonl")):
-            found = score_task(model, tokenizer, read_task(path), batch_size=64, max_len=1024, device=device)
-            scores[path.stem] = {"nll": found.nll, "nll_per_token": found.nll_per_token, "questions": found.questions}
-    return scores
+    began = time.perf_counter()
+    device, folder = hardware.resolve_device(settings["device"]), Path(settings["data"])
+    text = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int16)).to(device)
+    run = SeedRun(models_of(cell, device), config_of(cell), TextRows(text, cell.seeds, cell.batch, cell.seq_len))
+    tell(("say", f"built in {time.perf_counter() - began:.1f} s"))
+    started, looking, said = time.perf_counter(), 0.0, (0, time.perf_counter())
+    for step, decayed in run.lengths(cell.lengths, DECAY):
+        count, losses = len(run.losses), torch.stack(run.losses).mean(0).tolist()  # the one wait for the device
+        run.losses.clear()
+        now = time.perf_counter()
+        tell(("curve", {"step": step, "decayed": decayed, "train": losses, "seconds": now - started - looking}))
+        if not all(math.isfinite(loss) for loss in losses):
+            raise FloatingPointError(f"the loss is {losses} before step {step}")
+        if said[0] == 0 or now - said[1] > 30:
+            tell(("say", f"step {step}, {count} steps at {count / (now - said[1]):.1f} a second, loss {losses[0]:.3f}"))
+        said = step, now
+        if decayed:
+            for row in rows_of(cell, run, step, settings):
+                tell(("row", row | {"seconds": now - started - looking}))
+            said = step, time.perf_counter()
+            looking += said[1] - now
+    if device.type == "cuda":
+        tell(("say", f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"))
+
+
+def scored(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """token_data.py's rows of that name; evenly spaced ones if fewer are asked for."""
+    rows = dict(np.load(Path(settings["data"]) / f"{name}.npz"))
+    step = max(1, len(rows["tokens"]) // settings["rows"])
+    return {key: value if key == "groups" else value[::step] for key, value in rows.items()}
+
+
+def rows_of(cell: Cell, run: Any, steps: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is known of the cell's models after so many steps, a row for each seed."""
+    from sidlm.models.flops import num_parameters, train_flops_per_token
+
+    config, tokens = recipe(cell).config, steps * cell.batch * cell.seq_len
+    common = {
+        "steps": steps, "tokens": tokens, "params": num_parameters(config),
+        "params_non_embedding": num_parameters(config, non_embedding=True),
+        "flops": train_flops_per_token(config, cell.seq_len) * tokens, "peak_lr": recipe(cell).lr,
+        "command": f'python benchmarks/token_efficiency.py --data DATA --out OUT --only "{cell.name}"',
+    }  # fmt: skip
+    valid = run.score(scored("valid", settings), batch=16)
+    asked = run.score(scored("tasks", settings), batch=32) if cell.tasks and steps == cell.lengths[-1] else None
+    found = []
+    for i, seed in enumerate(cell.seeds):
+        total = {key: sum(group[key] for group in valid[i].values()) for key in ("nll", "tokens", "bytes")}
+        row = common | {"name": cell.row_name(seed, steps), "seed": seed, "loss": total["nll"] / total["tokens"]}
+        row |= {"bpb": total["nll"] / math.log(2) / total["bytes"], "valid_tokens": total["tokens"]}
+        row["domains"] = {name: {"loss": g["nll"] / g["tokens"]} for name, g in valid[i].items()}
+        if asked is not None:
+            row["answers"] = {
+                name: {"nll": g["nll"] / g["rows"], "nll_per_token": g["nll"] / g["tokens"], "questions": g["rows"]}
+                for name, g in asked[i].items()
+            }
+        found.append(row)
+    return found
 
 
 def serve(connection: Any, gpu: int, settings: dict[str, Any]) -> None:
-    """The process: receives (cell, whether to compile), answers with "curve" messages and then "done" or "failed"."""
+    """The process: receives (cell, number of the attempt), tells what `run_cell` does, then "done" or "failed"."""
+    began = time.perf_counter()
     log = open(f"{settings['work']}/worker-{os.getpid()}.log", "w", encoding="utf-8")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -139,18 +130,21 @@ def serve(connection: Any, gpu: int, settings: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    import transformers.generation  # noqa: F401  what a model imports when it is first built
+
+    from sidlm.models import SidForCausalLM  # noqa: F401
+
+    connection.send(("say", f"imported after {time.perf_counter() - began:.1f} s"))
     while True:
-        cell, compiled = connection.recv()
+        cell, attempt = connection.recv()
+        os.environ["SID_IMPL"] = ATTEMPTS[attempt] if torch.cuda.is_available() else ""
         try:
-            row = run_cell(cell, compiled, settings, connection.send)
+            run_cell(cell, settings, connection.send)
         except BaseException:
             traceback.print_exc()
             connection.send(("failed", traceback.format_exc()))
             sys.exit(1)  # what an error left of the device's context would fail every other cell, too
-        connection.send(("done", row))
-        # the next cell has other shapes: graphs of this one would make their dimensions dynamic
-        torch._dynamo.reset()
-        gc.collect()
+        connection.send(("done", None))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from _corpus import SID, measured, trained
+from _corpus import COMMAND, measured, trained
 
 from sidlm.train import hardware
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, arch: str, seed: int, out: Path) -> dict:
     train += ["--validation.every", "0", *args.settings]
     headline, _ = trained(train, out)
     evaluation = out / "evaluation.json"
-    measured([SID, "evaluate", str(out), "--data", args.valid, "--device", "cpu", "--json", str(evaluation)])
+    measured([*COMMAND, "evaluate", str(out), "--data", args.valid, "--device", "cpu", "--json", str(evaluation)])
     speed, memory = headline["tokens_per_second"], headline["peak_memory_mb"]
     print(f"{arch} seed {seed}: {speed:.0f} tok/s, {memory:.0f} MB", flush=True)
     config = json.loads((out / "model" / "config.json").read_text())

@@ -2,7 +2,7 @@
 
     python benchmarks/sparse24_quality.py --train DATA... --valid FILE --tokenizer FOLDER [--config configs/micro.yaml]
         [--preset micro] [--set NAME=VALUE ...] [--warmup STEPS] [--seeds 0 1 2] [--arms dense recipe@2e-3,0.1 ...]
-        [--best-of FILE] [--jobs 2]
+        [--best-of FILE] [--jobs 2] [--budget-seconds S]
         --json benchmarks/results/sparse24_quality.json --plot docs/results/sparse24_quality.png
         [--settings --train.steps 2000 ...]
 
@@ -14,6 +14,8 @@ missing, and goes on with a run that was cut. It prints a table in Markdown; --r
 An arm may name the learning rate and the multiple of it for down_proj, recipe@2e-3,0.1, for squared ReLU and SwiGLU
 want others. --best-of takes both from the runs of another results file with the lowest loss, of SwiGLU for SwiGLU and
 of squared ReLU for the others, so that what is compared was not chosen on the seeds that it is compared on.
+
+What --budget-seconds cuts is in the file under "cut", up to its last validation, and in no table.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import shlex
 import statistics
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,18 +112,24 @@ def train_words(args: argparse.Namespace, arm: str, seed: int) -> tuple[list[str
     return [*words, *base_words(args), *own_words], out
 
 
-def run(args: argparse.Namespace, arm: str, seed: int, results: "Results") -> None:
+def run(args: argparse.Namespace, arm: str, seed: int, results: "Results", deadline: float) -> None:
+    if time.monotonic() > deadline:
+        return
     words, out = train_words(args, arm, seed)
-    headline, records = trained(words, out)
-    config = json.loads((out / "model" / "config.json").read_text())
-    row = {"arm": arm, "seed": seed, "parameters": num_parameters(SidConfig(**config))} | headline
+    headline, records = trained(words, out, deadline)
+    finished, config = out / "model" / "config.json", None
+    row = {"arm": arm, "seed": seed} | headline
+    if finished.is_file():
+        config = json.loads(finished.read_text())
+        row["parameters"] = num_parameters(SidConfig(**config))
     row |= {"command": without_folders(row["command"]), "device": results.facts["device"]}
     row["commit"] = results.facts["git_revision"]
     row["valid"] = [{"step": r["step"]} | r["valid"]["all"] for r in records if "valid" in r]
     measured = [{"step": r["step"]} | r["sparsity"] for r in records if "sparsity" in r]
     row["sparsity"] = [*measured[:-1:5], *measured[-1:]]
     row["loss"], row["loss_every"] = row["loss"][::10], 10
-    print(f"{arm} seed {seed}: {row['valid'][-1]['loss']:.4f} nats per token", flush=True)
+    now = f"{row['valid'][-1]['loss']:.4f} nats per token" if row["valid"] else "not validated"
+    print(f"{arm} seed {seed}: {now}{'' if config else ', cut after step ' + str(row['steps'])}", flush=True)
     results.add(row | {"config": config})
 
 
@@ -134,18 +143,21 @@ class Results:
 
     def __init__(self, path: Path, facts: dict):
         self.path, self.facts, self.lock = path, facts, threading.Lock()
-        self.runs: list[dict] = json.loads(path.read_text())["runs"] if path.is_file() else []
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        self.runs: list[dict] = known.get("runs", [])
+        self.cut: list[dict] = known.get("cut", [])
 
     def find(self, arm: str, seed: int) -> dict | None:
         return next((r for r in self.runs if (r["arm"], r["seed"]) == (arm, seed)), None)
 
     def add(self, row: dict) -> None:
         with self.lock:
-            self.runs.append(row)
+            self.cut = [r for r in self.cut if (r["arm"], r["seed"]) != (row["arm"], row["seed"])]
+            (self.runs if row["config"] else self.cut).append(row)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_name(self.path.name + ".tmp")
-            runs = ",\n".join(map(json.dumps, self.runs))
-            new.write_text(f'{{"facts": {json.dumps(self.facts)},\n"runs": [\n{runs}\n]}}\n')
+            runs, cut = (",\n".join(map(json.dumps, rows)) for rows in (self.runs, self.cut))
+            new.write_text(f'{{"facts": {json.dumps(self.facts)},\n"runs": [\n{runs}\n],\n"cut": [\n{cut}\n]}}\n')
             new.replace(self.path)
 
 
@@ -273,6 +285,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="NAME or NAME@LR[,SCALE]")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--budget-seconds", type=float, default=threading.TIMEOUT_MAX, help="then end what still runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="runs/sparse24_quality", help="where the run folders go")
     parser.add_argument("--json", required=True)
@@ -295,10 +308,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    deadline = time.monotonic() + args.budget_seconds
     results = Results(Path(args.json), {} if args.replot else facts_of(args))
     if not args.replot:
         with ThreadPoolExecutor(args.jobs) as pool:
-            for future in [pool.submit(run, args, *one, results) for one in missing(args, results)]:
+            for future in [pool.submit(run, args, *one, results, deadline) for one in missing(args, results)]:
                 future.result()
     print(table(results.runs))
     if args.plot:

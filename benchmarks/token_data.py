@@ -1,20 +1,29 @@
-"""The folder that benchmarks/token_efficiency.py reads: shards of text, held-out text, tokenizer and questions.
+"""The folder that benchmarks/token_efficiency.py reads: tokens to train on, held-out texts and questions as rows.
 
-    python benchmarks/token_data.py --corpus FOLDER --eval FOLDER --out FOLDER [--shards 14] [--questions 400]
+    python benchmarks/token_data.py --corpus FOLDER --eval FOLDER --out FOLDER [--shards 4] [--questions 100]
 
-Of each set of questions some are taken, evenly spaced, and of their choices the right answer alone: as prompt and
-completion, whose likelihood is scored.
+tokens.npy: the documents of the shards one behind the other, uint16 by a BPE of 4,096 tokens trained on the first three
+(tokenizer-4k). valid.npz, tasks.npz: rows of at most 1,024 tokens, a held-out document or a question each, its group
+(the domain or the set of questions), the place from which tokens are scored, and the bytes of what is scored. Of each
+set of questions some are taken, evenly spaced, and of their choices the right answer alone: its likelihood is scored.
 """
 
 import argparse
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
+
+from sidlm.cli.main import main as sid
+from sidlm.data import Tokenizer
+from sidlm.data.sources import Document
+from sidlm.train.build import choose_documents
+
+LENGTH = 1024
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -56,24 +65,68 @@ def every(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def rows_of(items: list[tuple[str, list[int], int, int]]) -> dict[str, Any]:
+    """(group, tokens, first scored, bytes scored) of each row as arrays; rows are padded with -1."""
+    groups = sorted({group for group, *_ in items})
+    width = max(len(tokens) for _, tokens, *_ in items)
+    tokens = np.full((len(items), width), -1, np.int16)
+    for row, (_, ids, *_) in zip(tokens, items, strict=True):
+        row[: len(ids)] = ids
+    return {
+        "tokens": tokens, "groups": np.array(groups), "group": np.array([groups.index(i[0]) for i in items]),
+        "first": np.array([i[2] for i in items]), "bytes": np.array([i[3] for i in items]),
+    }  # fmt: skip
+
+
+def held_out(tokenizer: Tokenizer, path: Path, count: int) -> list[tuple[str, list[int], int, int]]:
+    """The first tokens of `count` documents, one domain after the other in turn."""
+    documents = choose_documents([Document(x["text"], x["domain"]) for x in lines(path)], count, 8 * LENGTH)
+    found = []
+    for document, ids in zip(documents, tokenizer.encode_batch([d.text for d in documents]), strict=True):
+        ids = ids[:LENGTH]
+        found.append((document.domain, [tokenizer.bos_id, *ids], 1, len(tokenizer.decode(ids).encode())))
+    return found
+
+
+def questions(tokenizer: Tokenizer, folder: Path, count: int) -> list[tuple[str, list[int], int, int]]:
+    """Prompts with the right answers, which are scored; those that are longer than a row are left out."""
+    found = []
+    for name, (file, convert) in TASKS.items():
+        items = [item for item in lines(folder / f"{file}.jsonl.zst") if wanted(name, item)]
+        for item in map(convert, every(items, count)):
+            prompt, answer = tokenizer.encode(item["prompt"]), tokenizer.encode(item["completion"])
+            if len(prompt) + len(answer) < LENGTH // 2:
+                row = [tokenizer.bos_id, *prompt, *answer]
+                found.append((name, row, 1 + len(prompt), len(item["completion"].encode())))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--eval", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", type=int, default=14)
-    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--documents", type=int, default=320)
+    parser.add_argument("--questions", type=int, default=100)
     args = parser.parse_args()
-    (args.out / "tasks").mkdir(parents=True, exist_ok=True)
-    names = [f"train-{i:02}.jsonl.zst" for i in range(args.shards)] + ["valid.jsonl.zst", "tokenizer-16k.json"]
-    for name in names:
-        shutil.copyfile(args.corpus / name, args.out / name)
-    for name, (file, convert) in TASKS.items():
-        items = [item for item in lines(args.eval / f"{file}.jsonl.zst") if wanted(name, item)]
-        rows = [convert(item) for item in every(items, args.questions)]
-        rows = [row for row in rows if len(row["completion"]) < 2000]
-        (args.out / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{name}: {len(rows)} questions")
+    args.out.mkdir(parents=True, exist_ok=True)
+    shards = [args.corpus / f"train-{i:02}.jsonl.zst" for i in range(args.shards)]
+    folder = args.out / "tokenizer-4k"
+    make = ["tokenizer", "train", *map(str, shards[:3]), "--out", str(folder), "--vocab-size", "4096"]
+    if not folder.exists() and sid(make):
+        raise SystemExit("the tokenizer was not made")
+    tokenizer = Tokenizer.load(folder)
+    texts = [item["text"] for shard in shards for item in lines(shard)]
+    tokens = [np.array([tokenizer.bos_id, *ids], np.uint16) for ids in tokenizer.encode_batch(texts)]
+    np.save(args.out / "tokens.npy", np.concatenate(tokens))
+    valid = rows_of(held_out(tokenizer, args.corpus / "valid.jsonl.zst", args.documents))
+    asked = rows_of(questions(tokenizer, args.eval, args.questions))
+    np.savez_compressed(args.out / "valid.npz", **valid)
+    np.savez_compressed(args.out / "tasks.npz", **asked)
+    print(f"{sum(map(len, tokens)):,} tokens of {len(texts):,} documents")
+    for rows in (valid, asked):
+        print({g: int((rows["group"] == i).sum()) for i, g in enumerate(rows["groups"])})
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """The study of token efficiency: many small training runs at once on one or more GPUs, or on a CPU.
 
     python benchmarks/token_efficiency.py --data FOLDER --out FOLDER [--seconds 520] [--done cells.jsonl ...]
-        [--workers 10] [--million 1000000] [--groups core noise ...] [--list] [--toy]
+        [--workers 8] [--million 1048576] [--groups core noise ...] [--only NAME] [--list] [--toy]
 
---data holds train-*.jsonl.zst, valid.jsonl.zst, tokenizer-16k.json and, if answers are to be scored, tasks/*.jsonl
-(`python benchmarks/token_data.py` makes such a folder). Every cell (`_token_cells.py`) is `sid train` in one of
---workers processes for each GPU. OUT/cells.jsonl gets a line as soon as a cell ends: variant, params, tokens, seed,
-loss, flops, seconds, losses by domain, the curve, the command that trains the same model again. After --seconds
-nothing goes on, and cells that were cut off are in the file as such; then --speed-seconds are for timing models alone.
---done names results of earlier calls, whose finished cells are not run again. --list prints the plan.
+--data is what `python benchmarks/token_data.py` makes. Every cell (`_token_cells.py`) trains all of its seeds as one
+batched model in one of --workers processes for each GPU. OUT/cells.jsonl gets a row as soon as a seed has reached a
+length: variant, params, tokens, seed, loss, flops, seconds, losses by domain, the command that trains it again; and a
+line for every cell with its curve and how it ended. After --seconds nothing goes on, and cells that were cut off are in
+the file as such. --done names results of earlier calls, whose finished cells are not run again. --list prints the plan;
+--only NAME runs the cells of that name, to be compared with a stored curve.
 
 On one H200 beside nothing else, the folder of data made by token_data.py:
 
-    export TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 PYTHONPATH=src
-    python benchmarks/token_efficiency.py --data FOLDER --out OUT --seconds 455 --speed-seconds 60 --workers 12
+    export OMP_NUM_THREADS=1 PYTHONPATH=src
+    python benchmarks/token_efficiency.py --data FOLDER --out OUT --seconds 300 --workers 10
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from typing import Any
 
 import _token_cells as cells
 from _token_cells import Cell
-from _token_worker import serve, settings_of
+from _token_worker import ATTEMPTS, serve, settings_of
 
-OVERHEAD = 15.0
-"""Seconds of a cell that do not depend on its length: building, tracing, saving, scoring."""
+OVERHEAD = 5.0
+"""Seconds of a cell that do not depend on its length: building, first kernels, scoring."""
 
 
 class Results:
-    """cells.jsonl, a line for each cell that ended, whatever its end; and the log."""
+    """cells.jsonl, a line for each row and for each cell that ended, whatever its end; and the log."""
 
     def __init__(self, out: Path, done: list[Path]):
         out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Results:
         lines = [
             line for path in (*done, out / "cells.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
         ]
-        self.finished = {row["name"] for row in map(json.loads, lines) if row["status"] == "done"}
+        self.finished = {row["name"] for row in map(json.loads, lines) if row["status"] == "done" and "loss" in row}
 
     def add(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
@@ -74,7 +74,7 @@ class Worker:
     connection: Connection
     gpu: int
     cell: Cell | None = None
-    compile: bool = True
+    attempt: int = 0
     since: float = 0.0
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -86,7 +86,7 @@ class Pool:
         self.args, self.queue, self.results = args, queue, results
         self.context = multiprocessing.get_context("spawn")
         self.factors: dict[str, list[float]] = defaultdict(list)
-        self.retries: list[Cell] = []
+        self.retries: list[tuple[Cell, int]] = []
         self.workers = [self.start(i % max(1, gpus)) for i in range(workers * max(1, gpus))]
         self.end = 0.0
 
@@ -99,26 +99,32 @@ class Pool:
         return Worker(process, ours, gpu)
 
     def estimate(self, cell: Cell) -> float:
-        """Seconds that a cell takes among the others, learned from those of its size that ended, else from all."""
+        """Seconds that a cell takes among the others, but for its last length: cut off there, it was worth it.
+
+        Learned from those of its size that ended, else from all.
+        """
         known = self.factors[cell.size] or [f for found in self.factors.values() for f in found]
         factor = statistics.median(known) if known else 0.7 * self.args.workers
-        return OVERHEAD + factor * cells.cost(cell)
+        shorter = dataclasses.replace(cell, lengths=cell.lengths[: max(1, len(cell.lengths) - 1)])
+        return OVERHEAD + factor * cells.cost(shorter)
 
-    def next(self) -> tuple[Cell, bool] | None:
-        """The next cell that fits in the time left, and whether to compile it."""
+    def next(self) -> tuple[Cell, int] | None:
+        """The next cell that fits in the time left, and which attempt it is."""
         left = self.end - time.monotonic()
-        for queue, compiled in ((self.retries, False), (self.queue, True)):
-            for cell in queue:
-                if self.estimate(cell) < left:
-                    queue.remove(cell)
-                    return cell, compiled
+        for cell, attempt in [*self.retries, *((cell, 0) for cell in self.queue)]:
+            if self.estimate(cell) < left:
+                if attempt:
+                    self.retries.remove((cell, attempt))
+                else:
+                    self.queue.remove(cell)
+                return cell, attempt
         return None
 
     def assign(self, worker: Worker) -> bool:
         found = self.next()
         if found is None:
             return False
-        worker.cell, worker.compile = found
+        worker.cell, worker.attempt = found
         worker.since, worker.curve = time.monotonic(), []
         worker.connection.send(found)
         return True
@@ -142,20 +148,26 @@ class Pool:
 
     def listen(self, worker: Worker) -> None:
         assert worker.cell is not None
+        value: Any
         try:
             kind, value = worker.connection.recv()
         except (EOFError, OSError):
             kind, value = "failed", f"the process ended with {worker.process.exitcode}"
         if kind == "curve":
             worker.curve.append(value)
+        elif kind == "row":
+            self.add_row(worker, value)
+        elif kind == "say":
+            self.results.say(f"{worker.cell.name}: {value}")
         elif kind == "done":
             wall = time.monotonic() - worker.since
             self.factors[worker.cell.size].append(max(0.0, wall - OVERHEAD) / cells.cost(worker.cell))
-            self.end_cell(worker, {"status": "done"} | value)
+            self.end_cell(worker, {"status": "done"})
         else:
-            if worker.compile:
-                self.results.say(f"again without compiling: {worker.cell.name}: {value[-1500:]}")
-                self.retries.append(worker.cell)
+            if worker.attempt + 1 < len(ATTEMPTS):
+                self.results.say(f"again with {ATTEMPTS[worker.attempt + 1]}: {worker.cell.name}: {value[-1500:]}")
+                self.retries.append((worker.cell, worker.attempt + 1))
+                worker.cell = None
             else:
                 self.end_cell(worker, {"status": "failed", "error": value[-1500:]})
             worker.process.kill()
@@ -165,31 +177,33 @@ class Pool:
         if worker.cell is None:
             self.assign(worker)
 
-    def end_cell(self, worker: Worker, row: dict[str, Any]) -> None:
+    def add_row(self, worker: Worker, row: dict[str, Any]) -> None:
         cell = worker.cell
         assert cell is not None
-        facts = dataclasses.asdict(cell) | {"name": cell.name, "compiled": worker.compile, "gpu": worker.gpu}
+        self.results.add(self.facts(worker) | row | {"status": "done"})
+        self.results.say(f"{row['seconds']:6.1f} s {row['name']}: {row['loss']:.4f}")
+
+    def end_cell(self, worker: Worker, row: dict[str, Any]) -> None:
+        assert worker.cell is not None
         wall = time.monotonic() - worker.since
-        self.results.add(facts | {"wall": wall, "curve": worker.curve} | row)
-        self.results.say(f"{wall:6.1f} s {row['status']}: {cell.name}, loss {row.get('loss', worker.curve[-1:])}")
+        name = f"cell {worker.cell.name}"
+        self.results.add(self.facts(worker) | {"name": name, "wall": wall, "curve": worker.curve} | row)
+        self.results.say(f"{wall:6.1f} s {row['status']}: {name}, {worker.curve[-1:]}")
         worker.cell = None
 
-
-def prepare(args: argparse.Namespace) -> None:
-    """Tokenise once, while the workers start."""
-    from _token_worker import config_of
-
-    from sidlm.data import Tokenizer, open_data
-
-    open_data(
-        config_of(plan_of(args)[0], settings_of(args), True).data, Tokenizer.load(args.data / "tokenizer-16k.json")
-    )
+    def facts(self, worker: Worker) -> dict[str, Any]:
+        assert worker.cell is not None
+        return dataclasses.asdict(worker.cell) | {"attempt": ATTEMPTS[worker.attempt], "gpu": worker.gpu}
 
 
 def plan_of(args: argparse.Namespace) -> list[Cell]:
     chosen = cells.toy() if args.toy else cells.plan(million=args.million)
     chosen = [cell for cell in chosen if not args.groups or cell.group in args.groups]
-    return [cell for cell in chosen if not args.sizes or cell.size in args.sizes]
+    return [
+        cell
+        for cell in chosen
+        if (not args.sizes or cell.size in args.sizes) and (not args.only or cell.name in args.only)
+    ]
 
 
 def arguments() -> argparse.Namespace:
@@ -198,15 +212,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, help="folder for the runs, which are deleted as they end")
     parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--speed-seconds", type=float, default=0.0, help="after that, of short runs alone on one GPU")
-    parser.add_argument("--workers", type=int, default=10, help="processes for each GPU")
+    parser.add_argument("--workers", type=int, default=8, help="processes for each GPU")
     parser.add_argument("--million", type=int, default=cells.MILLION, help="tokens that count as a million")
     parser.add_argument("--groups", nargs="+", default=[])
     parser.add_argument("--sizes", nargs="+", default=[])
+    parser.add_argument("--only", nargs="+", default=[], help="names of cells, as --list shows them")
     parser.add_argument("--done", type=Path, nargs="*", default=[], help="cells.jsonl of earlier calls")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--shards", type=int, default=14, help="of the training text")
-    parser.add_argument("--characters", type=int, default=6000, help="of each of the 240 documents of the validation")
+    parser.add_argument("--rows", type=int, default=10_000, help="held-out rows and questions that are scored, at most")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
@@ -226,7 +239,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "cells.jsonl").touch()
     results = Results(args.out, [path for path in args.done if path.is_file()])
-    queue = [cell for cell in queue if cell.name not in results.finished]
+    queue = [cell for cell in queue if not results.finished.issuperset(cell.row_names)]
     with tempfile.TemporaryDirectory(dir=args.work, prefix="sid-study-") as work:
         args.work = Path(work)
         import torch
@@ -234,7 +247,7 @@ def main() -> None:
         from sidlm.train import hardware
 
         gpus = torch.cuda.device_count() if args.device != "cpu" else 0
-        results.say(f"{len(queue)} cells, {len(results.finished)} finished before, {gpus} GPUs")
+        results.say(f"{len(queue)} cells, {len(results.finished)} rows before, {gpus} GPUs")
         facts = hardware.environment(hardware.resolve_device(args.device))
         facts |= {
             "gpus": gpus,
@@ -244,12 +257,7 @@ def main() -> None:
         facts["command"] = " ".join(["python", "benchmarks/token_efficiency.py", *sys.argv[1:]])
         (args.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
         pool = Pool(args, queue, results, gpus, args.workers)
-        prepare(args)
-        results.say("tokenised")
         pool.run(results.started + args.seconds)
-        if args.speed_seconds:
-            end = time.monotonic() + args.speed_seconds
-            Pool(args, cells.speed(), results, min(gpus, 1), 1).run(end)
         for log in sorted(Path(work).glob("*.log")):
             shutil.copyfileobj(log.open(encoding="utf-8", errors="replace"), results.log)
     os._exit(0)

@@ -16,7 +16,8 @@ from sidlm.models.flops import num_parameters, train_flops_per_token
 def test_variants_of_a_size_have_equal_parameters():
     for size in ("xs", "s", "m", "l"):
         made = {
-            v: cells.recipe(cells.Cell(group="", size=size, variant=v, seed=0, steps=9)).config for v in cells.VARIANTS
+            v: cells.recipe(cells.Cell(group="", size=size, variant=v, seeds=(0,), lengths=(9,))).config
+            for v in cells.VARIANTS
         }
         base = num_parameters(made["full"], non_embedding=True)
         for name, config in made.items():
@@ -30,8 +31,11 @@ def test_the_plan_has_each_cell_once_and_whole_seeds():
     plan = cells.plan()
     names = [cell.name for cell in plan]
     assert len(set(names)) == len(names)
-    core = {(c.size, c.variant, c.seed) for c in plan if c.group == "core"}
-    assert core == {(s, v, n) for s in ("xs", "s", "m", "l") for v in cells.CORE for n in range(3)}
+    rows = [name for cell in plan for name in cell.row_names]
+    assert len(set(rows)) == len(rows)
+    core = {(c.size, c.variant, c.seeds, c.lengths) for c in plan if c.group == "core"}
+    lengths = tuple(128 * millions for millions in cells.LENGTHS)
+    assert core == {(s, v, (0, 1, 2, 3), lengths) for s in ("xs", "s", "m", "l") for v in cells.CORE}
 
 
 def rows(values):
@@ -69,14 +73,93 @@ def test_the_next_cell_is_the_first_that_fits_in_the_time():
 
     import token_efficiency
 
-    large, small = (cells.Cell(group="core", size=s, variant="full", seed=0, steps=1000) for s in ("l", "xs"))
+    large, small = (cells.Cell(group="core", size=s, variant="full", seeds=(0,), lengths=(1000,)) for s in ("l", "xs"))
     pool = token_efficiency.Pool.__new__(token_efficiency.Pool)
     pool.args, pool.queue, pool.retries = Namespace(workers=1), [large, small], []
     pool.factors = defaultdict(list)
     pool.factors["l"] += [1000.0, 1000.0]
     pool.factors["xs"].append(1.0)
     pool.end = time.monotonic() + token_efficiency.OVERHEAD + 2 * cells.cost(small)
-    assert pool.next() == (small, True) and pool.next() is None and pool.queue == [large]
+    assert pool.next() == (small, 0) and pool.next() is None and pool.queue == [large]
     pool.factors["l"] = [0.0]
-    pool.retries, pool.queue = [large], []
-    assert pool.next() == (large, False)
+    pool.retries, pool.queue = [(large, 1)], []
+    assert pool.next() == (large, 1)
+
+
+def test_seeds_together_are_what_training_computes_for_each(tmp_path):
+    import torch
+    from _token_seeds import SeedRun
+    from safetensors.torch import load_file
+
+    from sidlm.train.build import build_model, open_text
+    from sidlm.train.config import load_config
+    from sidlm.train.loop import train
+
+    text = tmp_path / "text.txt"  # one document, so that no row holds two
+    text.write_text(" ".join(f"{i * j % 97} is {j} of {i}." for i in range(12) for j in range(200)))
+    fields = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 4}
+    words = ["--model.preset", "nano", "--model.set", *(f"{k}={v}" for k, v in fields.items())]
+    words += ["--data.train", str(text), "--data.vocab_size", "520", "--data.seq_len", "48"]
+    words += ["--data.valid_fraction", "0", "--validation.every", "0"]
+    words += ["--data.cache_dir", str(tmp_path / "cache"), "--train.batch_size", "2", "--train.device", "cpu"]
+    words += ["--train.compile", "off", "--optim.name", "muon", "--optim.embedding_lr_scale", "10"]
+    words += ["--optim.lr", "0.01", "--schedule.floor", "1", "--schedule.warmup_steps", "2", "--samples.prompts"]
+
+    def config(seed, steps):
+        length = ["--train.steps", str(steps), "--schedule.anneal_tokens", str(round(0.4 * steps) * 2 * 48)]
+        out = ["--train.seed", str(seed), "--train.out", str(tmp_path / f"{seed}-{steps}")]
+        return load_config(None, [*words, *length, *out])
+
+    cfgs = [config(seed, 10) for seed in (3, 4)]
+    texts = [open_text(cfg, resumed=False, log=None) for cfg in cfgs]
+    models = []
+    for cfg, one in zip(cfgs, texts, strict=True):
+        torch.manual_seed(cfg.train.seed)
+        models.append(build_model(cfg, one.tokenizer))
+
+    def rows(step):
+        batches = [one.loader.batch(step) for one in texts]
+        assert not any(batch.packed for batch in batches)
+        return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+    run, found = SeedRun(models, cfgs[0], rows), {}
+    for step, decayed in run.lengths((5, 10), 0.4):
+        if decayed:
+            for i, seed in enumerate((3, 4)):
+                found[seed, step] = run.losses[-1][i].item(), run.model.lm_head.weight[i].detach().clone()
+    assert sorted(found) == [(3, 5), (3, 10), (4, 5), (4, 10)]
+    for (seed, steps), (loss, head) in found.items():
+        result = train(config(seed, steps))
+        assert loss == pytest.approx(result.loss, abs=1e-3), (seed, steps)
+        trained = load_file(result.out / "model" / "model.safetensors")["lm_head.weight"]
+        assert (head - trained).abs().max() < 1e-3 and (head - trained).abs().mean() < 1e-4, (seed, steps)
+
+
+def test_scores_of_all_seeds_are_those_of_each_alone():
+    import numpy as np
+    import torch
+    from _token_seeds import SeedRun, TextRows
+
+    from sidlm.models import SidForCausalLM
+    from sidlm.train.config import RunConfig
+
+    config = cells.recipe(
+        cells.Cell(group="", size="toy", variant="trilinear", seeds=(0,), lengths=(9,)), vocab=40
+    ).config
+    rows = {
+        "tokens": np.array([[1, 2, 3, 4, 5], [6, 7, 8, -1, -1]]), "first": np.array([1, 2]), "bytes": np.array([9, 2]),
+        "group": np.array([1, 0]), "groups": np.array(["a", "b"]),
+    }  # fmt: skip
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(SidForCausalLM(config))
+    text = TextRows(torch.arange(40).short(), (0, 1), 2, 6)
+    inputs, labels = text(1)
+    assert inputs.shape == (4, 6) and (labels == inputs + 1).all() and len(set(inputs[:2, 0].tolist())) == 2
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([[6, 7]])).logits[0, 1] for model in models]
+    found = SeedRun(models, RunConfig(), text).score(rows, batch=1)
+    for i in (0, 1):
+        assert found[i]["a"]["nll"] == pytest.approx(-logits[i].log_softmax(0)[8].item(), rel=1e-4)
+        assert found[i]["a"]["tokens"] == 1 and found[i]["b"]["tokens"] == 4 and found[i]["b"]["bytes"] == 9

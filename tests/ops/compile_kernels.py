@@ -31,6 +31,7 @@ from sidlm.ops.simplicial import (
     hopper_backward_keys,
     hopper_backward_queries,
     hopper_forward,
+    permute,
     prepare,
     triton_backward,
     triton_backward_keys,
@@ -73,6 +74,8 @@ def training(case: Case) -> Launches:
     scale = dim**-0.5
     p = prepare.problem(q, k, v, k2, v2, *case.settings)
     yield "forward", triton_forward.plan(p, scale, doc_ids, out, lse, arch)
+    if p.determinant:
+        yield "copies", permute.plan(q, out, dq, p.swapped, 0)
     yield "delta", triton_backward.plan_delta(grad, lse, out, delta)
     yield "queries", triton_backward.plan_queries(p, scale, doc_ids, grad, lse, delta, dq, arch)
     cut = triton_backward_keys.cut(p, arch)

@@ -56,6 +56,43 @@ def test_mask_is_built_once_and_shared():
     assert attention_mask(1, 6).visible is None and attention_mask(1, 6, window=5).visible is not None
 
 
+def test_documents_told_by_offsets(monkeypatch):
+    """The way to the kernels for documents, which run on CUDA alone: here one document after the other stands in."""
+    from sidlm.ops.attention import api, varlen
+
+    def kernel(q, k, v, offsets, own, longest, _, *, scale, window_size, enable_gqa=False):
+        assert q.shape[-1] % 8 == k.shape[-1] % 8 == 0
+        assert torch.equal(own, offsets) and max(offsets.diff().tolist()) <= longest and window_size[1] == 0
+        window = None if window_size[0] < 0 else window_size[0] + 1
+        parts = [slice(a, b) for a, b in zip(offsets.tolist(), offsets.tolist()[1:], strict=False) if a < b]
+        outs = [attention(q[None, p], k[None, p], v[None, p], window=window, scale=scale)[0] for p in parts]
+        return torch.cat(outs)
+
+    monkeypatch.setattr(varlen.kernels, "varlen_attn", kernel)
+    usable = api.IMPLEMENTATIONS["varlen"]._replace(why_not=lambda device, dtype: None)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "varlen", usable)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 7, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    ids = torch.tensor([[0, 0, 1, 1, 1, 2, 3], [0] * 7])
+    padded = torch.tensor([[-1, -1, 0, 0, 1, 1, 1], [0] * 5 + [-1] * 2])
+    offsets = (torch.tensor([0, 2, 5, 6, 7, 14, 14], dtype=torch.int32), 8)
+    for window, doc_ids, told in ((None, ids, offsets), (2, ids, offsets), (2, ids, None), (3, padded, None),
+                                  (3, None, None), (None, None, None)):  # fmt: skip
+        mask = attention_mask(7, 7, window=window, doc_ids=doc_ids, offsets=told, impl="varlen")
+        mine, oracle = attention(q, k, v, mask=mask), attention(q, k, v, window=window, doc_ids=doc_ids)
+        for a, b in zip((mine, *torch.autograd.grad(mine.square().sum(), (q, k, v))),
+                        (oracle, *torch.autograd.grad(oracle.square().sum(), (q, k, v))), strict=True):  # fmt: skip
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_what_the_environment_names_serves_masks_too(monkeypatch):
+    monkeypatch.setenv("SID_IMPL", "attention=reference")
+    assert attention_mask(6, 6, doc_ids=torch.zeros(1, 6, dtype=torch.int64)).impl == "reference"
+    monkeypatch.setenv("SID_IMPL", "attention=varlen")
+    with pytest.raises(ValueError, match="'varlen' cannot run here: torch's flash kernels for documents need CUDA"):
+        attention_mask(6, 6)
+
+
 def test_gradients_with_padding_are_finite():
     q, k, v = (torch.randn(1, 6, 2, 4, requires_grad=True) for _ in range(3))
     out = attention(q, k, v, doc_ids=torch.tensor([[-1, -1, 0, 0, 0, 0]]))

@@ -77,7 +77,11 @@ CASES = [
 
 @pytest.mark.parametrize(("impl", "geometry", "dtype", "form"), CASES, ids=str)
 def test_error_against_float64(impl, geometry, dtype, form):
-    """At most one and a half times the error of torch's own products in that dtype (the eager form)."""
+    """At most one and a half times the error of torch's own products in that dtype (the eager form).
+
+    In float32 four times: three TF32 products leave out that of the two low parts, 2^-22 of the whole, which shows where
+    little but the difference of two equal sums is left (one visible pair: dS = dP - delta).
+    """
     _usable(impl, dtype)
     xs, ids, grads = _inputs(geometry, dtype)
     settings = {"window": geometry[5], "form": form, "k2_bias": 0.25, "v2_bias": 1.0}
@@ -86,11 +90,12 @@ def test_error_against_float64(impl, geometry, dtype, form):
     own = _run(xs, ids, grads, "eager", **settings)
     mine = _run(xs, ids, grads, impl, **settings)
     again = _run(xs, ids, grads, impl, **settings)
+    factor = 4.0 if dtype == torch.float32 else 1.5
     floor = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
     for name, e, o, m, a in zip(("out", "lse", "q", "k", "v", "k2", "v2"), exact, own, mine, again, strict=True):
         assert torch.equal(m, a), f"{name} differs between two runs"
-        error, allowed = (m - e).norm() / e.norm(), 1.5 * (o - e).norm() / e.norm()
-        assert error <= max(allowed, floor), f"{name}: {error:.2e}, torch's own {allowed / 1.5:.2e}"
+        error, allowed = (m - e).norm() / e.norm(), factor * (o - e).norm() / e.norm()
+        assert error <= max(allowed, floor), f"{name}: {error:.2e}, torch's own {allowed / factor:.2e}"
 
 
 @pytest.mark.parametrize("impl", ["hopper", "triton"])

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from sidlm.ops.simplicial import prepare, triton_backward, triton_backward_keys, triton_forward
+from sidlm.ops.simplicial import permute, prepare, triton_backward, triton_backward_keys, triton_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on the way to a masked value
 NAMES = ("out", "lse", "dq", "dk", "dv", "dk2", "dv2")
@@ -236,6 +236,17 @@ def test_copies_give_the_cross_product():
         (xa, xb), (ya, yb) = p.left(p.k2), p.right(p.q)
         sign = torch.tensor([-1.0] * 6 + [1.0] * 2) if p.swapped else 1.0
         torch.testing.assert_close(xa * yb - xb * ya, eager._cross(p.k2, p.q) * sign)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 37, 3, 64), (1, 5, 1, 48), (0, 2, 1, 32)])
+def test_the_kernel_for_copies_is_their_definition(dtype, shape):
+    """bfloat16 too: it only moves bits."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    for w1, w2 in ((4, 2), (2, 4)):
+        p = prepare.problem(x, x, x, x, x, w1, w2, "determinant", 0.0, 0.0)._replace(swapped=w2 > w1)
+        for want, zero in ((p.right(x), 0), (p.left(x), 1)):
+            assert all(map(torch.equal, permute.copies(x, p.swapped, zero), want))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

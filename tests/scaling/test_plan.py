@@ -98,6 +98,30 @@ def test_efficiency_of_a_variant_that_needs_half_the_tokens(tmp_path):
     assert pooled["seeds"] == 3 and pooled["ci"][0] <= truth <= pooled["ci"][1]
 
 
+def test_the_frontier_is_that_of_the_best_sizes(tmp_path):
+    e, a, b, alpha, beta = TRUTH
+    half = runs("half", (e, a, b * 0.5**beta, alpha, beta), noise=0, seeds=1, cost=1.25)
+    path = write_csv(tmp_path / "cells.csv", [*runs("a", noise=0, seeds=1), *half], ALL)
+    fits = fit_all(read_cells(path), replicates=20)
+    optimum = law_optimum(fits["a"])
+    found = efficiency(fits["a"], fits["half"])["frontier"]
+    assert [point["inside"] for point in found].count(True) >= 3
+    for point in found:
+        tokens = optimum.tokens(point["budget"])
+        if point["inside"]:  # sizes are tried in steps of a few percent
+            assert point["tokens_of_base"] == pytest.approx(tokens, rel=0.06)
+        best = fits["a"].loss(point["budget"] / (6 * tokens), tokens)
+        assert point["loss_of_base"] == pytest.approx(float(best), abs=1e-3)
+        assert point["flops"]["ratio"] == pytest.approx(0.625, rel=0.02)
+        gain = fits["a"].loss(point["budget"] / (6 * tokens), tokens) - optimum_loss(fits["a"], point["budget"] / 0.625)
+        assert point["loss_at_equal_flops"]["difference"] == pytest.approx(-float(gain), abs=1e-3)
+
+
+def optimum_loss(fit, flops):
+    tokens = law_optimum(fit).tokens(flops)
+    return fit.loss(flops / (6 * tokens), tokens)
+
+
 def test_a_loss_that_is_never_reached(tmp_path, capsys):
     e, a, b, alpha, beta = TRUTH
     path = write_csv(tmp_path / "cells.csv", [*runs("a"), *runs("worse", (e + 1, a, b, alpha, beta), rng=1)])
@@ -106,7 +130,7 @@ def test_a_loss_that_is_never_reached(tmp_path, capsys):
     found = json.loads(out.read_text())["worse"]
     assert found["points"][0]["tokens"] == {"ratio": None, "ci": [None, None]}
     assert "seconds" not in found["points"][0]
-    assert "never x tokens" in capsys.readouterr().out
+    assert "never x (never to never) tokens" in capsys.readouterr().out
     assert "never" in (tmp_path / "cells-efficiency.html").read_text()
 
 

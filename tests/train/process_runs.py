@@ -1,4 +1,4 @@
-"""Four processes that each run the same command lines, as torchrun would start them: FOLDER, commands on stdin.
+"""Processes that each run the same command lines, as torchrun would start them: FOLDER [COUNT], commands on stdin.
 
 Commands are [[name, argv], ...] in JSON. FOLDER gets NAME.RANK.out and .err, and statuses.json: {name: [of each rank]}.
 """
@@ -16,7 +16,7 @@ import torch
 from sidlm.cli.main import main
 from sidlm.train import hardware, processes
 
-RANKS = 4
+RANKS = int(sys.argv[2]) if len(sys.argv) > 2 else 4
 # what the runs import only when they need it: before the fork, so that it is done once
 BEFORE = ("models", "data", "evaluate", "train.loop", "parallel.shard")
 
@@ -45,7 +45,7 @@ def run(name: str, argv: list[str], folder: Path) -> list[int | None]:
     for process in started:
         process.start()
     for process in started:
-        process.join(60)
+        process.join(90)
         process.kill()
         process.join()
     return [process.exitcode for process in started]

@@ -55,6 +55,7 @@ def test_yaml_round_trip(tmp_path, prompts):
         ("", ["--model.set", "layers"], "model.set: expected NAME=VALUE ..., got 'layers'"),
         ("", ["--train.steps", "0"], "train.steps must be at least 1, got 0"),
         ("", ["--optim.lr", "nan"], "optim.lr must be above 0, got nan"),
+        ("", ["--optim.embedding_lr_scale", "0"], "optim.embedding_lr_scale must be above 0, got 0.0"),
         ("", ["--optim.down_proj_lr_scale", "0"], "optim.down_proj_lr_scale must be above 0, got 0.0"),
         ("", ["--train.batch_size", "6", "--train.micro_batch_size", "4"], "multiple of train.micro_batch_size=4"),
         ("", ["--schedule.warmup_steps", "200"], "warmup_steps=200 leaves nothing of train.steps=200"),

@@ -69,16 +69,18 @@ def test_state_made_at_once_is_what_torch_makes():
     }
 
 
-def test_down_projections_have_a_learning_rate_of_their_own():
+def test_down_projections_and_the_embedding_have_learning_rates_of_their_own():
     block = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in ("up_proj", "down_proj")})
-    model = nn.ModuleDict({"mlp": block})
+    model = nn.ModuleDict({"mlp": block, "embed_tokens": nn.Embedding(3, 3)})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.0, down_proj_lr_scale=0.25))
+    optimizer = make_optimizer(
+        model, OptimConfig(lr=1.0, weight_decay=0.0, down_proj_lr_scale=0.25, embedding_lr_scale=4.0)
+    )
     set_learning_rate(optimizer, 0.5)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()  # the first step of Adam is the learning rate
-    for name, step in (("mlp.up_proj.weight", 0.5), ("mlp.down_proj.weight", 0.125)):
+    for name, step in (("mlp.up_proj.weight", 0.5), ("mlp.down_proj.weight", 0.125), ("embed_tokens.weight", 2.0)):
         torch.testing.assert_close(before[name] - model.get_parameter(name), torch.full((3, 3), step))
 
 

@@ -155,6 +155,11 @@ def efficiency(argv: list[str]) -> int:
         for point in part["points"]:
             print(f"{name} at {report.amount(point['params'])} parameters, to the loss of {base} after "
                   f"{report.amount(point['tokens_of_base'])} tokens: {_needs(point)}")  # fmt: skip
+        largest = part["frontier"][-1]
+        where = "" if largest["inside"] else " (beyond those that ran)"
+        print(f"{name} at {largest['budget']:.3g} FLOPs, both at their best sizes{where}: "
+              f"{pages.nats(largest['loss_at_equal_flops'])}, "
+              f"{_times(largest['flops'])} FLOPs for the loss of {base}")  # fmt: skip
         pooled = part["paired"]["all"]
         print(f"{name} minus {base}, measured at equal tokens, paired by seed: {pages.nats(pooled)}")
     if args.json:
@@ -169,9 +174,12 @@ def _needs(point: dict[str, Any]) -> str:
     words = []
     for kind in ("tokens", "flops", "seconds"):
         if kind in point:
-            ratio = report.amount(point[kind]["ratio"])
-            words.append(f"{ratio} x {kind.replace('flops', 'FLOPs')} ({report.between(*point[kind]['ci'])})")
+            words.append(f"{_times(point[kind])} {kind.replace('flops', 'FLOPs')}")
     return ", ".join(words)
+
+
+def _times(found: dict[str, Any]) -> str:
+    return f"{report.amount(found['ratio'])} x ({report.between(*found['ci'])})"
 
 
 def plan(argv: list[str]) -> int:

@@ -41,6 +41,19 @@ class Batch:
     def __getitem__(self, rows: slice) -> Batch:
         return Batch(self.tokens[rows], self.labels[rows], self.positions[rows], self.doc_ids[rows])
 
+    @property
+    def packed(self) -> bool:
+        """Whether some row holds more than one document; of a batch on the host, for on a GPU it waits."""
+        return bool(self.doc_ids.any())
+
+    def offsets(self) -> tuple[Tensor, int]:
+        """Where documents begin in the rows one behind the other, (N + 1,) int32 with the number of tokens at the end,
+        and the length of the longest, rounded up to a power of two so that compiled code meets few of them."""
+        first = (self.positions == 0).flatten().nonzero()[:, 0]
+        offsets = torch.cat((first, first.new_full((1,), self.positions.numel())))
+        longest = 1 << (int(offsets.diff().max()) - 1).bit_length()
+        return offsets.int(), min(longest, self.positions.shape[1])
+
     def pinned(self) -> Batch:
         """A copy in memory that a GPU reads while the CPU goes on."""
         return Batch(*(t.pin_memory() for t in (self.tokens, self.labels, self.positions, self.doc_ids)))

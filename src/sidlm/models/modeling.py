@@ -158,6 +158,8 @@ class SidModel(SidPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         sequence_shard: Any = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -176,12 +178,16 @@ class SidModel(SidPreTrainedModel):
             doc_ids: (B, past + T) ints; tokens of different documents do not see each other, negative is padding. It
                 must not lie inside a document where that is not looked for: without a cache, if there is no
                 attention_mask or the model is compiled.
+            cu_seq_lens_q, max_length_q: what doc_ids say in the way of flash attention's collators, and the faster one
+                on CUDA: where documents begin in the rows one behind the other, (N + 1,) int32 with B * T at the end,
+                and at least the length of the longest. Read beside doc_ids only, without padding, cache or
+                sequence_shard.
             sequence_shard: for rows that are parts of longer sequences, where the mixers get what is in front of them:
                 an object with ``update`` as of a cache and ``positions_before(T)``, how many positions that is, which
                 doc_ids then counts as past. See :mod:`sidlm.parallel.context`.
             past_key_values: a cache to continue from, ``DynamicCache(config=model.config)``.
             use_cache: whether to return a cache; by default config.use_cache in evaluation and no in training.
-            kwargs: what collators add (cu_seq_lens, ...) repeats position_ids and is not read.
+            kwargs: what else collators add (cu_seq_lens_k, ...) repeats position_ids and is not read.
 
         Raises:
             ValueError: shapes that disagree, a 4-D attention_mask, a cache of another kind, attentions asked for, a
@@ -207,7 +213,9 @@ class SidModel(SidPreTrainedModel):
         past = 0 if past_key_values is None else _cached(past_key_values)
         if sequence_shard is not None:
             past = sequence_shard.positions_before(t)
-        context = self._context((b, t, past), x.device, attention_mask, position_ids, doc_ids, past_key_values)
+        told = cu_seq_lens_q is not None and max_length_q is not None and doc_ids is not None
+        offsets = (cu_seq_lens_q, max_length_q) if told and past == 0 and attention_mask is None else None
+        context = self._context((b, t, past), x, attention_mask, position_ids, doc_ids, past_key_values, offsets)
         positions = self.rotary(context.position_ids, b)
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cache = None if past_key_values is None else readable(past_key_values, past + t)
@@ -241,10 +249,10 @@ class SidModel(SidPreTrainedModel):
             raise ValueError("output_attentions: Sid's attention never forms its weights, so it cannot return them")
 
     def _context(
-        self, shape: tuple[int, int, int], device: torch.device, attention_mask: Tensor | None,
-        position_ids: Tensor | None, doc_ids: Tensor | None, cache: Any,
+        self, shape: tuple[int, int, int], x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None,
+        doc_ids: Tensor | None, cache: Any, offsets: Any,
     ) -> Context:  # fmt: skip
-        b, t, past = shape
+        (b, t, past), device = shape, x.device
         padding = _padding(attention_mask, b, past + t)
         told = position_ids is not None
         if told:
@@ -269,12 +277,12 @@ class SidModel(SidPreTrainedModel):
             doc_ids = base.masked_fill(padding, -1)
         if cache is not None:
             _check_continuation(cache, doc_ids, past, given)
-        masks = {}
+        masks, kind = {}, {"device": device, "dtype": x.dtype, "head_dim": self.config.head_dim}
         for layer_type in set(self.config.layer_types or ()) - {"simplicial_attention"}:
             window = self.config.sliding_window if layer_type == "sliding_attention" else None
             length = t + (past if window is None else min(past, window - 1))
             ids = None if doc_ids is None else doc_ids[:, -length:]
-            masks[layer_type] = ops.attention_mask(t, length, window=window, doc_ids=ids, device=device)
+            masks[layer_type] = ops.attention_mask(t, length, window=window, doc_ids=ids, offsets=offsets, **kind)
         # looking waits for the device, as it did above for padding and for a cache
         look = "simplicial_attention" in (self.config.layer_types or ()) and (padding is not None or cache is not None)
         return Context(position_ids, doc_ids, masks, look and _has_holes(doc_ids, past))

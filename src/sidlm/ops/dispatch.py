@@ -27,7 +27,8 @@ class Row(NamedTuple):
     reason: str
 
 
-def _override(op: str) -> str | None:
+def override(op: str) -> str | None:
+    """The implementation that SID_IMPL names for an op."""
     for item in filter(None, os.environ.get("SID_IMPL", "").split(",")):
         name, _, impl = item.partition("=")
         if not impl:
@@ -44,7 +45,7 @@ def choose(
 
     Raises ValueError naming the op, the implementation and the reason if the one asked for is unknown or cannot run.
     """
-    asked = impl or _override(op)
+    asked = impl or override(op)
     if asked is not None:
         if asked not in impls:
             raise ValueError(f"{op}: no implementation {asked!r}; there are {', '.join(impls)}")

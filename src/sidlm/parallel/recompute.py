@@ -21,6 +21,7 @@ KEPT_OPERATORS = {
     "_c10d_functional": ("reduce_scatter_tensor",),
     "sidlm": ("two_simplicial", "squared_relu_ffn", "flex"),
     "higher_order": ("flex_attention",),
+    "torch_attn": ("_varlen_attn",),
 }
 """Namespace -> beginnings of the names of operators whose results "cheap" keeps"""
 

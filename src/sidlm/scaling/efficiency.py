@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,8 @@ def efficiency(base: Fit, other: Fit) -> dict[str, Any]:
       (below 1: other is more efficient), with intervals from paired replicates; null where other never reaches it;
     - loss_at_equal_tokens, _flops, _seconds: other's loss minus base's at the same size and the same cost;
 
-    and `paired`: measured differences of runs of one place and seed. flops are 6 N D unless the table has the column;
+    `frontier`: the same where either variant has its best size for a budget of FLOPs (`frontier`);
+    `paired`: measured differences of runs of one place and seed. flops are 6 N D unless the table has the column;
     seconds are absent unless it has tokens_per_second or wall_seconds.
     """
     df = min(base.df, other.df)
@@ -52,7 +54,10 @@ def efficiency(base: Fit, other: Fit) -> dict[str, Any]:
     for size in np.unique(base.cells.params):
         tokens = float(base.cells.tokens[base.cells.params == size].max())
         points.append(_point(base, other, float(size), tokens, df))
-    return {"base": base.cells.variant, "points": points, "paired": paired(base.cells, other.cells)}
+    return {
+        "base": base.cells.variant, "points": points, "frontier": frontier(base, other),
+        "paired": paired(base.cells, other.cells),
+    }  # fmt: skip
 
 
 def _point(base: Fit, other: Fit, size: float, tokens: float, df: int) -> dict[str, Any]:
@@ -71,6 +76,73 @@ def _point(base: Fit, other: Fit, size: float, tokens: float, df: int) -> dict[s
         low, high = interval(gap[0], gap[1:], df, log=False)
         found[f"loss_at_equal_{name}"] = {"difference": float(gap[0]), "ci": [low, high]}
     return found
+
+
+BUDGETS = 5
+"""FLOP budgets of a frontier, from those of the smallest to those of the largest runs."""
+FARTHEST = 10.0
+"""Sizes are tried from so many times below the smallest that ran to as many times above the largest."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The best a variant's law can do with a budget of FLOPs, for its estimate and replicates (r,): sizes tried (n,),
+    what a token costs at each (n,), laws (r, 5)."""
+
+    sizes: Floats
+    cost: Floats
+    laws: Floats
+
+    @classmethod
+    def of(cls, fit: Fit) -> Frontier:
+        ran = np.unique(fit.cells.params)
+        sizes = np.geomspace(ran[0] / FARTHEST, ran[-1] * FARTHEST, 161)
+        cost = cost_per_token(fit.cells, spent(fit.cells), sizes)
+        return cls(sizes, cost, np.concatenate([fit.estimate[None], fit.samples]))
+
+    def best(self, flops: float) -> tuple[Floats, Floats]:
+        """(loss, size) of the best size for the budget, each (r,)."""
+        losses = law(self.laws[:, None], self.sizes, flops / self.cost)
+        at = losses.argmin(1)
+        return losses[np.arange(len(at)), at], self.sizes[at]
+
+
+def frontier(base: Fit, other: Fit) -> list[dict[str, Any]]:
+    """Both variants where each is as large as is best for a budget of FLOPs (Hoffmann et al., arXiv 2203.15556).
+
+    For each of BUDGETS: base's best loss, size and tokens; other's loss minus base's at equal FLOPs; and `flops`, what
+    other needs to reach base's loss as a ratio to the budget, both with intervals of paired replicates. `inside` says
+    whether the best sizes of both lie among those that ran: elsewhere the laws are extrapolated. A token of a size
+    costs what it does in the table (6 N FLOPs where that has none), on a line between and beyond the sizes.
+    """
+    ours, theirs = Frontier.of(base), Frontier.of(other)
+    ran = spent(base.cells)
+    df, found = min(base.df, other.df), []
+    factors = np.geomspace(1 / 64, 64, 49)
+    for budget in np.geomspace(ran.min(), ran.max(), BUDGETS).tolist():
+        (target, size), (loss, their_size) = ours.best(budget), theirs.best(budget)
+        curve = np.stack([theirs.best(budget * factor)[0] for factor in factors], -1)
+        needed = np.array([_crossing(factors, losses, goal) for losses, goal in zip(curve, target, strict=True)])
+        gap = loss - target
+        low, high = interval(gap[0], gap[1:], df, log=False)
+        inside = all(
+            fit.cells.params.min() <= best <= fit.cells.params.max()
+            for fit, best in ((base, size[0]), (other, their_size[0]))
+        )
+        tokens = budget / np.interp(size[0], ours.sizes, ours.cost)
+        found.append({
+            "budget": budget, "params_of_base": float(size[0]), "tokens_of_base": float(tokens),
+            "params": float(their_size[0]), "loss_of_base": float(target[0]), "inside": inside,
+            "flops": _ratio(needed, df), "loss_at_equal_flops": {"difference": float(gap[0]), "ci": [low, high]},
+        })  # fmt: skip
+    return found
+
+
+def _crossing(factors: Floats, losses: Floats, goal: float) -> float:
+    """The factor at which falling losses reach the goal; inf where they do not, the first factor where all have."""
+    if losses[-1] > goal:
+        return np.inf
+    return float(np.exp(np.interp(-goal, -losses, np.log(factors))))
 
 
 def _ratio(values: Floats, df: int) -> dict[str, Any]:

@@ -92,6 +92,21 @@ def efficiency_page(cells: str, base: str, found: dict[str, Any]) -> str:
                 ((name, report.amount(p["params"]), *(nats(p[f"loss_at_equal_{k}"]) for k in kinds))
                  for name, p in points),
             ),
+            report.heading(
+                "Each at its best size",
+                "The laws' best size for a budget of FLOPs, of either variant. A star: one of the sizes lies beyond "
+                "those that ran.",
+            ),
+            plots.frontiers(base, found),
+            report.table(
+                ("variant", "FLOPs", f"parameters of {base}", "parameters", f"loss of {base}", "at equal FLOPs",
+                 "FLOPs needed"),
+                ((name, f"{p['budget']:.3g}", report.amount(p["params_of_base"]),
+                  report.amount(p["params"]) + "*" * (not p["inside"]), f"{p['loss_of_base']:.4f}",
+                  nats(p["loss_at_equal_flops"]),
+                  f"{report.amount(p['flops']['ratio'])} ({report.between(*p['flops']['ci'])})")
+                 for name, part in found.items() for p in part["frontier"]),
+            ),
             report.heading("Measured, no law", "Runs of one place of the grid and one seed; Student's t over seeds."),
             report.table(
                 ("variant", "parameters", "tokens", "loss minus the baseline's"),

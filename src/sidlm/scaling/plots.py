@@ -133,6 +133,23 @@ def ratios(found: dict[str, dict[str, Any]]) -> str:
     return svg(figure, "ratios")
 
 
+def frontiers(base: str, found: dict[str, dict[str, Any]]) -> str:
+    """Loss minus the base's at equal FLOPs, either at its best size, for each budget with its interval."""
+    figure, (axes,) = new_figure(9.6, 3.6)
+    for place, (name, part) in enumerate(list(found.items())[:SHOWN]):
+        colour = COLOURS[place % len(COLOURS)]
+        budgets = np.array([point["budget"] for point in part["frontier"]]) * 1.04 ** (place - len(found) / 2)
+        gaps = np.array([point["loss_at_equal_flops"]["difference"] for point in part["frontier"]])
+        low, high = np.array([point["loss_at_equal_flops"]["ci"] for point in part["frontier"]]).T
+        axes.errorbar(budgets, gaps, (gaps - low, high - gaps), color=colour, marker="o", markersize=4, capsize=3,
+                      linewidth=1.2, label=name)  # fmt: skip
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xscale("log")
+    label(axes, "training FLOPs", f"loss minus that of {base}, nats", "each variant at its best size for the FLOPs")
+    legend(axes)
+    return svg(figure, "frontiers")
+
+
 def optimum(law: PowerLaw, flops: float, others: Sequence[PowerLaw] = ()) -> str:
     """Compute-optimal tokens over FLOPs, and the plan."""
     figure, (axes,) = new_figure(8, 3.8)

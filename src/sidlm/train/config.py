@@ -68,6 +68,8 @@ class OptimConfig:
     """peak learning rate"""
     down_proj_lr_scale: float = 1.0
     """learning rate of the last matrices of feed-forward layers, in multiples of lr; squared ReLU may want 0.1"""
+    embedding_lr_scale: float = 1.0
+    """learning rate of the embedding, in multiples of lr; small models with a head of their own learn sooner with 10"""
     beta1: float = 0.9
     """decay of the first moment"""
     beta2: float = 0.95
@@ -119,6 +121,16 @@ class TrainConfig:
     """initial weights and the order of the data"""
     log_every: int = 10
     """steps between progress lines where there is no terminal (metrics.jsonl has every step)"""
+    verify_every: int = 10
+    """steps between comparisons, bit for bit, of what replicas (parallel.dp_replicate) hold and, of all processes, of
+    the size of their own gradients; state is also compared before each checkpoint; 0 = never"""
+    verify_recompute_every: int = 0
+    """steps between those that are computed twice and compared bit for bit, each process with itself; 0 = those that
+    are suspicious"""
+    watchdog_seconds: float = 300.0
+    """of several processes, all end with a diagnosis when a step takes longer than this and ten times as long as any
+    before, so that torchrun starts them again; six times as long for the first step, validation, checkpoints and
+    exports; 0 = never"""
     max_skipped: int = 100
     """give up after this many steps in all whose loss or gradient was not finite; such steps change nothing"""
     max_skipped_in_a_row: int = 10
@@ -223,7 +235,9 @@ def check(cfg: RunConfig) -> None:
     """Raise SidError for values that no run can have, naming the key and the value."""
     at_least = {
         "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 0, "train.log_every": 1,
-        "train.max_skipped": 0, "train.max_skipped_in_a_row": 0, "checkpoint.every": 0, "checkpoint.keep": 1,
+        "train.max_skipped": 0, "train.max_skipped_in_a_row": 0, "train.watchdog_seconds": 0,
+        "train.verify_every": 0, "train.verify_recompute_every": 0,
+        "checkpoint.every": 0, "checkpoint.keep": 1,
         "checkpoint.keep_every": 0, "checkpoint.keep_best": 0, "checkpoint.max_failed": 0,
         "checkpoint.export_every": 0, "validation.every": 0, "validation.documents": 1, "validation.characters": 1,
         "validation.batch_size": 1,
@@ -237,7 +251,7 @@ def check(cfg: RunConfig) -> None:
     for key, low in at_least.items():
         if not flat[key] >= low:
             raise SidError(f"{key} must be at least {low}, got {flat[key]}")
-    for key in ("optim.lr", "optim.down_proj_lr_scale"):
+    for key in ("optim.lr", "optim.down_proj_lr_scale", "optim.embedding_lr_scale"):
         if not flat[key] > 0:
             raise SidError(f"{key} must be above 0, got {flat[key]}")
     for key in ("optim.beta1", "optim.beta2", "optim.muon_momentum"):

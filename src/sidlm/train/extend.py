@@ -204,8 +204,7 @@ def train_stage(run: RunConfig, group: Processes) -> int:
 
     if group.mesh is not None:
         processes.check_rows(run)
-    with folder.locked(Path(run.train.out)) if group.first else nullcontext():
-        signal = loop.run(run, group, None).signal
+    signal = loop.train_in(run, group).signal
     gc.collect()  # the shards of this stage must be gone before the next one is built
     return signal
 

@@ -33,6 +33,8 @@ from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.average import Average
 from sidlm.train.build import Text, build_model, open_text, spread
 from sidlm.train.config import RunConfig, check, to_yaml
+from sidlm.train.health.monitor import Health
+from sidlm.train.integrity import Integrity
 from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
@@ -91,14 +93,29 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
     Raises SidError for anything a user can mend; the newest checkpoint stays intact in every case.
     """
     check(cfg)
-    with processes.started(cfg) as group, folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
-        return run(cfg, group, on_step)
+    with processes.started(cfg) as group:
+        return train_in(cfg, group, on_step)
 
 
-def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None) -> TrainResult:
+def train_in(
+    cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None = None
+) -> TrainResult:
+    """`train` in processes that have been started, and may train several runs one after the other."""
+    with folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
+        found = group.told(folder.find_resume(cfg) if group.first else None)
+        with Health(Path(cfg.train.out), group, cfg.train.watchdog_seconds) as health:
+            return run(cfg, group, found, health, on_step)
+
+
+def run(
+    cfg: RunConfig,
+    group: Processes,
+    found: checkpoint.Checkpoint | None,
+    health: Health,
+    on_step: Callable[[dict[str, Any]], None] | None,
+) -> TrainResult:
     """What `train` does, in one of its processes."""
     out = Path(cfg.train.out)
-    found = group.told(folder.find_resume(cfg) if group.first else None)
     device = processes.local_device(cfg)
     precision = hardware.resolve_precision(cfg.train.precision, device)
 
@@ -134,8 +151,19 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
         log = RunLog(out, step=state.step, total_steps=total_steps, log_every=log_every)
     else:
         log = NoLog()
-    saver = Saver(out / "checkpoints", cfg.checkpoint, group, log.say)
-    with stop, log, saver:
+
+    def not_saved(problem: str) -> None:
+        log.say(problem)
+        health.survived("disk", problem)
+
+    saver = Saver(out / "checkpoints", cfg.checkpoint, group, not_saved)
+    integrity = Integrity(
+        model, [] if pipeline is None else pipeline.stages, group, every=cfg.train.verify_every,
+        recompute_every=cfg.train.verify_recompute_every, say=log.say,
+    )  # fmt: skip
+    with stop, log, saver, health.noted():
+        for line in health.before:
+            log.say(f"an earlier start ended: {line}")
         log.say(headline(cfg, model, device, precision, meter, state, group))
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
@@ -145,8 +173,12 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
                 step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
             )
             set_learning_rate(optimizer, lr)
+            health.at("step", step + 1)
             sparsity.switch(sparse, step, cfg.sparsity)
-            loss, norm, spike = train_step(model, optimizer, batch, cfg, device, precision, group, pipeline, guard)
+            integrity.begin(step + 1)
+            loss, norm, spike = train_step(
+                model, optimizer, batch, cfg, device, precision, group, pipeline, guard, integrity, step
+            )
             if cfg.schedule.average_every and step >= annealing:
                 if average is None:
                     average = Average(model, annealing, cfg.schedule.average_every)
@@ -169,10 +201,12 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             if sparse and due(state.step, log_every, last):
                 record["sparsity"] = sparsity.measured(sparse)
             if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
+                health.at("validation")
                 with in_use(average):
                     state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
             log.record(record)
             if cfg.samples.prompts and due(state.step, cfg.samples.every, last):
+                health.at("samples")
                 with in_use(average):
                     whole = whole_model(model, cfg, step, group)
                     if whole is not None:
@@ -180,10 +214,14 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             give_up_if_hopeless(state, cfg)
             stop.signal = group.largest(stop.signal)
             stopping = bool(stop.signal)
-            if due(state.step, cfg.checkpoint.every, last or stopping):
+            saving = due(state.step, cfg.checkpoint.every, last or stopping)
+            integrity.state(tensors, state.step, saving=saving)
+            if saving:
+                health.at("checkpoint")
                 log.sync()
                 saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint))
             if due(state.step, cfg.checkpoint.export_every, False):
+                health.at("export")
                 with in_use(average):
                     export(out, model, text, group, saver)
             if on_step is not None and group.first:
@@ -193,6 +231,7 @@ def run(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], No
             started = time.perf_counter()
         peak_memory = hardware.peak_memory_bytes(device)
         finished = state.step == total_steps
+        health.at("export")
         if finished:
             with in_use(average):
                 export(out, model, text, group, saver)
@@ -217,6 +256,8 @@ def train_step(
     group: Processes,
     pipeline: Pipeline | None,
     guard: SpikeGuard,
+    integrity: Integrity,
+    step: int,
 ) -> tuple[float, float, str | None]:
     """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
     norm before clipping, why the guard left the step out if it did), the same on all processes.
@@ -225,26 +266,15 @@ def train_step(
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
     labelled = group.sum_rows(int((batch.labels != -100).sum()))
-    rows = micro_batch_rows(cfg, batch.tokens.shape[1])
-    if pipeline is not None:
-        part = batch.to(device, non_blocking=True)
-        loss = pipeline.step(arguments(part), num_items=labelled, micro_batch_size=rows or 1)
-    else:
-        rows = rows or len(batch)
-        # a sharded model casts its weights itself, once for each time that it gathers them
-        autocast = "fp32" if group.mesh is not None else precision
-        loss = torch.zeros((), device=device)
-        for first in range(0, len(batch), rows):
-            part = batch[first : first + rows].to(device, non_blocking=True)
-            with hardware.autocast(device, autocast):
-                micro_loss = model(**arguments(part), num_items_in_batch=labelled, use_cache=False).loss
-            micro_loss.backward()
-            loss += micro_loss.detach()
-    loss = group.sum_tokens(loss)
+    again = functools.partial(gradients, model, batch, labelled, cfg, device, precision, group, pipeline)
+    loss = group.sum_tokens(again())
+    integrity.gradients(step + 1, again)
     norm = clip_gradients(model.parameters(), cfg.optim.clip_norm, pipeline)
     # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
     loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
     ok = math.isfinite(loss_value) and math.isfinite(norm_value)
+    if not ok:
+        integrity.not_finite(step + 1, again)
     spike = guard.judge(loss_value, norm_value) if ok else None
     ok = ok and spike is None
     if ok:
@@ -252,6 +282,33 @@ def train_step(
     update_balance(model, ok, group)
     optimizer.zero_grad(set_to_none=True)
     return loss_value, norm_value, spike
+
+
+def gradients(
+    model: nn.Module,
+    batch: Batch,
+    labelled: int | torch.Tensor,
+    cfg: RunConfig,
+    device: torch.device,
+    precision: str,
+    group: Processes,
+    pipeline: Pipeline | None,
+) -> torch.Tensor:
+    """Forward and backward pass of a process's rows; their loss, a tensor ()."""
+    rows = micro_batch_rows(cfg, batch.tokens.shape[1])
+    if pipeline is not None:
+        return pipeline.step(arguments(batch, device), num_items=labelled, micro_batch_size=rows or 1)
+    rows = rows or len(batch)
+    # a sharded model casts its weights itself, once for each time that it gathers them
+    autocast = "fp32" if group.mesh is not None else precision
+    loss = torch.zeros((), device=device)
+    for first in range(0, len(batch), rows):
+        part = arguments(batch[first : first + rows], device, offsets=device.type == "cuda" and cfg.parallel.cp == 1)
+        with hardware.autocast(device, autocast):
+            micro_loss = model(**part, num_items_in_batch=labelled, use_cache=False).loss
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss
 
 
 def in_use(average: Average | None) -> AbstractContextManager[None]:
@@ -290,11 +347,22 @@ def export(out: Path, model: Any, text: Text, group: Processes, saver: Saver) ->
     saver.background(lambda: folder.export_model(out, whole, weights, text.tokenizer))
 
 
-def arguments(rows: Batch) -> dict[str, torch.Tensor]:
-    """Rows of a batch as the model takes them."""
-    return {
-        "input_ids": rows.tokens, "position_ids": rows.positions, "doc_ids": rows.doc_ids, "shift_labels": rows.labels,
-    }  # fmt: skip
+def arguments(rows: Batch, device: torch.device, *, offsets: bool = False) -> dict[str, Any]:
+    """Rows of a batch on the host as the model takes them on a device.
+
+    What is looked at here needs no wait for the device: rows of one document each are told by nothing, which is plain
+    causal attention. offsets: whether documents in packed rows are told by where they begin, too.
+    """
+    placed = rows.to(device, non_blocking=True)
+    found: dict[str, Any] = {"input_ids": placed.tokens, "shift_labels": placed.labels}
+    if rows.packed:
+        found |= {"position_ids": placed.positions, "doc_ids": placed.doc_ids}
+        if offsets:
+            starts, longest = rows.offsets()
+            found |= {"cu_seq_lens_q": starts.to(device, non_blocking=True), "max_length_q": longest}
+            # how many documents there are changes from batch to batch
+            torch._dynamo.maybe_mark_dynamic(found["cu_seq_lens_q"], 0)
+    return found
 
 
 def update_balance(model: Any, ok: bool, group: Processes) -> None:
@@ -448,3 +516,5 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if error is not None and self.signal and self.patient:
+            signal.raise_signal(self.signal)  # torchrun ends what failed with another process: now, not after a wait

@@ -91,25 +91,28 @@ def make_muon(
 def make_adamw(named: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.optim.AdamW:
     """AdamW with decay on the weights of >= 2 dimensions only, fused where torch has the fused kernel.
 
-    `cfg.down_proj_lr_scale` is the `lr_scale` of the group of the feed-forward layers' last matrices, 1 elsewhere.
+    The `lr_scale` of a group is `cfg.down_proj_lr_scale` for the feed-forward layers' last matrices,
+    `cfg.embedding_lr_scale` for the embedding, 1 elsewhere.
 
     The state of every parameter is created here, at step 0, instead of on first use: a checkpoint then always holds
     the same names, also for experts that got no token yet.
     """
-    groups: dict[tuple[bool, bool, Any], list[Tensor]] = {}
+    groups: dict[tuple[bool, float, Any], list[Tensor]] = {}
     for name, p in named:
         if p.requires_grad:
+            scale = cfg.down_proj_lr_scale if ".down_proj" in name else 1.0
+            scale = cfg.embedding_lr_scale if name.endswith("embed_tokens.weight") else scale
             # a kernel over many tensors takes those of one mesh
-            groups.setdefault((p.ndim >= 2, ".down_proj" in name, getattr(p, "device_mesh", None)), []).append(p)
+            groups.setdefault((p.ndim >= 2, scale, getattr(p, "device_mesh", None)), []).append(p)
     trained = [p for group in groups.values() for p in group]
     fused = all(p.device.type in ("cpu", "cuda", "xpu") and p.is_floating_point() for p in trained)
     settings = [
         {
             "params": parameters,
             "weight_decay": cfg.weight_decay if matrix else 0.0,
-            "lr_scale": cfg.down_proj_lr_scale if down else 1.0,
+            "lr_scale": scale,
         }
-        for (matrix, down, _), parameters in groups.items()
+        for (matrix, scale, _), parameters in groups.items()
     ]
     optimizer = torch.optim.AdamW(settings, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
     for p in trained:
@@ -161,4 +164,11 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     norm = torch.nn.utils.get_total_norm(gradients)
     # of sharded gradients it is a DTensor, whose parts are to be added once
     full_tensor = getattr(norm, "full_tensor", None)
-    return norm if full_tensor is None else full_tensor()
+    if full_tensor is None:
+        return norm
+    whole, mesh = full_tensor(), norm.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    if "dp_replicate" in (mesh.mesh_dim_names or ()):
+        # other processes added it up for each replica: what a replica scales by must not hang on their rounding
+        whole = whole.nan_to_num(torch.inf)
+        torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MAX, group=mesh.get_group("dp_replicate"))
+    return whole

@@ -43,7 +43,8 @@ class Processes:
         self.mesh = mesh
         self.patience = PATIENCE
         self.count = 1 if mesh is None else dist.get_world_size()
-        self.first = mesh is None or dist.get_rank() == 0
+        self.rank = 0 if mesh is None else dist.get_rank()
+        self.first = self.rank == 0
         self.share = (0, 1)
         """(index, count): which part of the rows of a batch this process reads"""
         self.tokens: dist.ProcessGroup | None = None
@@ -99,6 +100,13 @@ class Processes:
         if self.mesh is not None:
             dist.broadcast_object_list(values)
         return values[0]
+
+    def everyone(self, value: T) -> list[T]:
+        """The values of all processes, by rank, on all of them."""
+        values = [value] * self.count
+        if self.mesh is not None:
+            dist.all_gather_object(values, value)
+        return values
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -167,6 +175,8 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
     device = local_device(cfg)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # the last collectives, for a dump when nothing moves: recording one takes microseconds
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     dist.init_process_group(BACKENDS.get(device.type, "gloo"), timeout=PATIENCE)
     # it warns every process once that what is split twice is gathered in two messages, as it is for an export
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

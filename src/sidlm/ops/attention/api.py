@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidlm.ops import dispatch
-from sidlm.ops.attention import flex, reference, sdpa
+from sidlm.ops.attention import flex, reference, sdpa, varlen
 
 
 class Mask(NamedTuple):
@@ -15,7 +15,7 @@ class Mask(NamedTuple):
 
     impl: str
     visible: object
-    """A bool tensor (B or 1, 1, T, S), a FlexAttention block mask, or None for plain causal attention."""
+    """A bool tensor (B or 1, 1, T, S), a FlexAttention block mask, documents, or None for plain causal attention."""
     is_query: Tensor | None
     """(B, T) bool, False at padding, whose output is zero; None if there is none to zero."""
 
@@ -23,10 +23,11 @@ class Mask(NamedTuple):
 IMPLEMENTATIONS = {
     "sdpa": dispatch.Implementation(sdpa.attention, sdpa.why_not),
     "flex": dispatch.Implementation(flex.attention, flex.why_not),
+    "varlen": dispatch.Implementation(varlen.attention, varlen.why_not),
     "reference": dispatch.Implementation(reference.attention, reference.why_not),
 }
 FLEX_BLOCK = 128  # FlexAttention's block of queries
-_VISIBLE = {"sdpa": sdpa.visible, "flex": flex.visible, "reference": sdpa.visible}
+_VISIBLE = {"sdpa": sdpa.visible, "flex": flex.visible, "varlen": varlen.visible, "reference": sdpa.visible}
 
 
 def attention_mask(
@@ -35,24 +36,40 @@ def attention_mask(
     *,
     window: int | None = None,
     doc_ids: Int[Tensor, "b s"] | None = None,
+    offsets: tuple[Int[Tensor, "n"], int] | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
     impl: str | None = None,
 ) -> Mask:
     """The mask of :func:`attention` for these lengths, window and documents, to be passed as ``mask=``.
 
-    On CUDA, FlexAttention serves training rows that are not plain causal attention, since torch's fused kernels there
-    skip no masked block. It compiles once per length, so evaluation and decoding with their ragged lengths take a dense
+    On CUDA, training rows that are not plain causal attention take what skips the blocks that nothing sees, other than
+    torch's dense kernels: in half precision flash kernels for documents with offsets and for windows, else
+    FlexAttention. That one compiles once per length, so evaluation and decoding with their ragged lengths take a dense
     mask, as does a CPU, where it has no backward.
+
+    Args:
+        offsets: what doc_ids say, for rows without padding whose documents are each in one piece: where documents begin
+            in the rows one behind the other, (N + 1,) int32 with the number of tokens at the end, and at least the
+            length of the longest. Whoever has them on the host spares a wait for the device.
+        dtype, head_dim: of q, k and v.
     """
     device = torch.device(device)
     plain = doc_ids is None and (window is None or kv_len <= window)
-    training = torch.is_grad_enabled() and q_len % FLEX_BLOCK == 0
-    if impl is None and not plain and device.type == "cuda" and training:
-        impl = "flex"
-    impl = dispatch.choose("attention", IMPLEMENTATIONS, impl, device, torch.float32)
-    own = None if doc_ids is None else doc_ids[:, kv_len - q_len :]
-    if plain and (q_len == kv_len or q_len == 1):
+    impl = impl or dispatch.override("attention")
+    if impl is None and not plain and device.type == "cuda":
+        known = q_len == kv_len and (doc_ids is None or offsets is not None)
+        if known and head_dim <= varlen.LARGEST_DIM and varlen.why_not(device, dtype) is None:
+            impl = "varlen"
+        elif torch.is_grad_enabled() and q_len % FLEX_BLOCK == 0:
+            impl = "flex"
+    impl = dispatch.choose("attention", IMPLEMENTATIONS, impl, device, dtype)
+    if plain and (q_len == kv_len or q_len == 1) and impl != "flex":  # without a mask FlexAttention sees everything
         return Mask(impl, None, None)
+    if impl == "varlen" and offsets is not None:
+        return Mask(impl, varlen.Documents(*offsets, window), None)
+    own = None if doc_ids is None else doc_ids[:, kv_len - q_len :]
     return Mask(impl, _VISIBLE[impl](q_len, kv_len, window, doc_ids, device), None if own is None else own >= 0)
 
 
@@ -91,13 +108,16 @@ def attention(
             padding query's output is zero.
         mask: what :func:`attention_mask` built from the same lengths, window and doc_ids, which then go unread.
         scale: factor of the logits, 1/sqrt(D) if None.
-        impl: "sdpa", "flex" (CUDA) or "reference".
+        impl: "sdpa", "flex" or "varlen" (CUDA), or "reference".
 
     Raises:
         ValueError: shapes or windows that disagree, with the two values.
     """
     _check(q, k, v, window, doc_ids)
     if mask is None:
-        mask = attention_mask(q.shape[1], k.shape[1], window=window, doc_ids=doc_ids, device=q.device, impl=impl)
+        mask = attention_mask(
+            q.shape[1], k.shape[1], window=window, doc_ids=doc_ids,
+            device=q.device, dtype=q.dtype, head_dim=q.shape[3], impl=impl,
+        )  # fmt: skip
     out = IMPLEMENTATIONS[mask.impl].run(q, k, v, mask.visible, scale)
     return out if mask.is_query is None else out.masked_fill(~mask.is_query[..., None, None], 0.0)

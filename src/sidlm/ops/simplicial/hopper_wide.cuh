@@ -22,7 +22,6 @@ constexpr int OFFSETS = 8;                      // of a tile
 constexpr int HEADS = 16;                       // of a block: eight a warpgroup
 constexpr int BOXES = D / 64, BOX = KEYS * 128; // a block of keys: for each 64 columns rows of 128 bytes
 constexpr int SLOT = BOXES * BOX * (BACKWARD ? 2 : 1);  // keys or values; in the backward pass keys and values
-constexpr int EARLY = 0;                        // products that are left when the other warpgroup gets its turn
 constexpr int PITCH = 2 * D + 16;               // bytes from one row of a stage to the next: no bank conflicts
 constexpr int COPIES = DETERMINANT ? 2 : 1;     // of q and k2: see prepare.py
 constexpr float HIDDEN = -1.0e30f, LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;

@@ -2,7 +2,8 @@
 // rows are laid out.
 //
 // With dO' = dO o v2 it takes three products a pair, S = U K', dP = dO' V' and dU = dS K, and at the end of a tile
-// dq += dU o k2. A block's S and dP run beside the dU of the block before, and the weights are known from the LSE.
+// dq += dU o k2. A block's S and dP run beside the dU of the block before, and the weights are known from the LSE; dS is made
+// in place of S while that dU is still multiplied.
 
 DEVICE void stream_keys(const Arguments& a, const TensorMap* k_map, const TensorMap* v_map, u32 base, int me, int sets) {
   Barriers barriers(base);
@@ -63,19 +64,16 @@ struct Consumer : Warpgroup {
     products_end();
     ring.next();
   }
-  template <bool PASS> DEVICE void gradients(int i, bool add) {  // PASS: and then it is the other warpgroup's turn
+  DEVICE void gradients(int i, bool add) {
     u64 keys = descriptor(slot(i));
     settled(ds);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; k++) {
-      if (PASS && k == KEYS / 16 - EARLY) your_turn();
+    for (int k = 0; k < KEYS / 16; k++)
       multiply_d<1>(du, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3], keys + turned(k), add || k > 0);
-    }
     products_end();
-    if (PASS && EARLY == 0) your_turn();
   }
-  // dS = P o (dP - delta)
+  // dS = P o (dP - delta), in place of S
   DEVICE void weigh(const Tile& tile, int block) {
 #pragma unroll
     for (int i = 0; i < 32; i++) s[i] = exp2_of(s[i] * a.scale_log2 - lse) * (dp[i] - delta);
@@ -87,6 +85,8 @@ struct Consumer : Warpgroup {
 #pragma unroll
       for (int i = 0; i < 32; i++)
         if (tile.hidden(offset(i / 2 % 2))) s[i] = 0;
+  }
+  DEVICE void round_gradients() {
 #pragma unroll
     for (int i = 0; i < 16; i++) ds[i] = halves(s[2 * i], s[2 * i + 1]);
   }
@@ -112,6 +112,7 @@ struct Consumer : Warpgroup {
     settled(s);
     settled(dp);
     weigh(tile, 0);
+    round_gradients();
     if (tile.blocks == 1) next = next_tile(next_lse, next_delta);
     while (true) {
       bool ends = block + 1 == tile.blocks;
@@ -121,12 +122,15 @@ struct Consumer : Warpgroup {
       my_turn();
       int new_slot = ring.slot;
       scores();  // of the next block
-      gradients<true>(old_slot, block > 0);
+      gradients(old_slot, block > 0);
+      your_turn();
       Tile old = tile;
       if (ends) tile = next, block = 0, lse = next_lse, delta = next_delta; else block++;
       products_wait<1>();
       settled(s);
       settled(dp);
+      weigh(tile, block);
+      settled(s);  // made before the product is waited for
       if (block + 1 == tile.blocks) next = next_tile(next_lse, next_delta);
       products_wait<0>();
       settled(du);
@@ -134,10 +138,10 @@ struct Consumer : Warpgroup {
       release(old_slot);
       old_slot = new_slot;
       if (ends) merge(old);
-      weigh(tile, block);
+      round_gradients();
     }
     if (block == 0) clear(slot(old_slot), tile.before);
-    gradients<false>(old_slot, block > 0);
+    gradients(old_slot, block > 0);
     products_wait<0>();
     settled(du);
     merge(tile);

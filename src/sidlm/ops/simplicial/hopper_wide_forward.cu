@@ -68,17 +68,14 @@ struct Consumer : Warpgroup {
     products_end();
     ring.next();
   }
-  template <bool PASS> DEVICE void values(bool add) {  // PASS: and then it is the other warpgroup's turn
+  DEVICE void values(bool add) {
     u64 values = descriptor(slot(ring.slot));
     settled(p);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; k++) {
-      if (PASS && k == KEYS / 16 - EARLY) your_turn();
+    for (int k = 0; k < KEYS / 16; k++)
       multiply_d<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values + turned(k), add || k > 0);
-    }
     products_end();
-    if (PASS && EARLY == 0) your_turn();
     ring.next();
   }
 
@@ -188,7 +185,8 @@ struct Consumer : Warpgroup {
       k_slot = ring.slot;
       scores();  // of the next block
       int v_slot = ring.slot;
-      values<true>(block > 0);
+      values(block > 0);
+      your_turn();
       Tile old = tile;
       if (ends) tile = next, block = 0; else block++;
       products_wait<1>();
@@ -207,7 +205,7 @@ struct Consumer : Warpgroup {
     }
     await(ring);
     if (block == 0) clear(slot(ring.slot), tile.before);
-    values<false>(block > 0);
+    values(block > 0);
     products_wait<0>();
     settled(o);
     merge(tile);

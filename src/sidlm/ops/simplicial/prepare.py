@@ -67,6 +67,10 @@ class Problem(NamedTuple):
     def _copies(self, x: Tensor, zero: int) -> tuple[Tensor, Tensor]:
         if not self.determinant:
             return x, x
+        if x.is_cuda:
+            from sidlm.ops.simplicial import permute  # needs triton
+
+            return permute.copies(x, self.swapped, zero)
         a, b = (x.index_select(-1, index) for index in self.rotations())
         (a, b)[zero][..., x.shape[-1] // 3 * 3 :] = 0
         return a, b
