@@ -97,9 +97,7 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
         return train_in(cfg, group, on_step)
 
 
-def train_in(
-    cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None = None
-) -> TrainResult:
+def train_in(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
     """`train` in processes that have been started, and may train several runs one after the other."""
     with folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
         found = group.told(folder.find_resume(cfg) if group.first else None)
