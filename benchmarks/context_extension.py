@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _corpus import SID, measured
+from _corpus import COMMAND, measured
 
 from sidlm.evaluate.needle import FILLER, KEYS
 
@@ -70,7 +70,7 @@ def write(path: Path, seed: int, count: int, fewest: int, most: int) -> None:
 def needles(model: Path, folder: Path) -> dict[str, dict[str, float]]:
     """Recall by length and depth."""
     report = folder / "needles.json"
-    measured([SID, "evaluate", str(model), "--needle", *map(str, LENGTHS), "--json", str(report)])
+    measured([*COMMAND, "evaluate", str(model), "--needle", *map(str, LENGTHS), "--json", str(report)])
     return json.loads(report.read_text())["needle"]
 
 
@@ -98,10 +98,10 @@ def main() -> None:
             f"{folder}/long.jsonl=0.5", *common, "--validation.every", 0, "--optim.lr", 1e-3,
             "--schedule.warmup_steps", 5, "--extend.stages", *STAGES, "--extend.attempts", 8, "--train.out", longer,
         ]  # fmt: skip
-        commands = [[SID, *map(str, words)] for words in (train, extend)]
-        measured(commands[0])
+        commands = [[*map(str, words)] for words in (train, extend)]
+        measured([*COMMAND, *commands[0]])
         before = needles(base, folder)
-        measured(commands[1])
+        measured([*COMMAND, *commands[1]])
         record = json.loads((longer / "extend.json").read_text())
         after = needles(longer / f"stage-{len(STAGES)}", folder)
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
@@ -109,7 +109,7 @@ def main() -> None:
         "commit": git.stdout.strip(),
         "machine": f"{platform.machine()}, one thread, torch {torch.__version__}, busy with other work",
         "command": shlex.join(["python", *sys.argv[:1], "--out", str(args.out), "--steps", str(args.steps)]),
-        "commands": [shlex.join(["sid", *command[1:]]).replace(str(folder), "RUNS") for command in commands],
+        "commands": [shlex.join(["sid", *command]).replace(str(folder), "RUNS") for command in commands],
         "seed": 0,
         "needles_before": before,
         "loss_before": record["before"],
