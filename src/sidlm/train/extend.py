@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sidlm.errors import SidError
+from sidlm.parallel.config import ParallelConfig
 from sidlm.train import folder, hardware, processes
 from sidlm.train.config import RunConfig, check, flatten
 from sidlm.train.processes import Processes
@@ -227,8 +228,12 @@ def measured(run: RunConfig, length: int = 0, gate: GateConfig | None = None) ->
     text = open_text(run, resumed=False, log=None)
     if not text.valid:
         raise SidError("the gate needs held-out text, and there is none: give data.valid or data.valid_fraction")
-    model: Any = build_model(run, text.tokenizer, device=device)
-    model.to(device)
+    alone = dataclasses.replace(  # whole, with the products of evaluation
+        run,
+        parallel=ParallelConfig(),
+        train=dataclasses.replace(run.train, float8="off", recompute="none", compile="off"),
+    )
+    model, _ = build_model(alone, text.tokenizer, None, device, precision)
     found = validate(model, text, run, device, precision)["all"]
     record: Record = {name: found[name] for name in ("loss", "bits_per_byte")}
     if gate is not None:

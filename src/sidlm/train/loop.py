@@ -31,7 +31,7 @@ from sidlm.nn.moe import MoEFeedForward
 from sidlm.parallel.config import launched
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.average import Average
-from sidlm.train.build import Text, build_model, open_text, spread
+from sidlm.train.build import Text, build_model, open_text
 from sidlm.train.config import RunConfig, check, to_yaml
 from sidlm.train.health.monitor import Health
 from sidlm.train.integrity import Integrity
@@ -121,9 +121,7 @@ def run(
         ready = found is not None or not group.first
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
-    model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
-    model.to(device).train()
-    pipeline = spread(model, cfg, group.mesh, device, precision)
+    model, pipeline = build_model(cfg, text.tokenizer, group.mesh, device, precision, resumed=found is not None)
     optimizer = make_optimizer(model, cfg.optim, group.mesh)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
@@ -166,12 +164,12 @@ def run(
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
         started = time.perf_counter()
+        health.at("step", state.step + 1)
         for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
             lr = learning_rate(
                 step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
             )
             set_learning_rate(optimizer, lr)
-            health.at("step", step + 1)
             sparsity.switch(sparse, step, cfg.sparsity)
             integrity.begin(step + 1)
             loss, norm, spike = train_step(
@@ -227,6 +225,7 @@ def run(
             if stopping:
                 break
             started = time.perf_counter()
+            health.at("step", state.step + 1)
         peak_memory = hardware.peak_memory_bytes(device)
         finished = state.step == total_steps
         health.at("export")
