@@ -77,9 +77,10 @@ def noise(rows: list[Row]) -> str:
     body = []
     for (batch, _, tokens), found in sorted(groups.items()):
         values = [row["loss"] for row in sorted(found, key=lambda r: r["seed"])]
+        middle = f"{statistics.mean(values):.4f}"
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        body.append([str(batch), f"{found[0]['peak_lr']:.2g}", millions(tokens), f"{statistics.mean(values):.4f}", spread,
-                     ", ".join(f"{v:.3f}" for v in values)])  # fmt: skip
+        seeds = ", ".join(f"{v:.3f}" for v in values)
+        body.append([str(batch), f"{found[0]['peak_lr']:.2g}", millions(tokens), middle, spread, seeds])
     return table(["rows a step", "peak lr", "tokens", "loss", "sd of seeds", "by seed"], body)
 
 
@@ -164,7 +165,7 @@ def overall(rows: list[Row]) -> str:
     return table(["variant", "tokens", *(f"minus {b}" for b in bases)], [row for row in body if any(row[2:])])
 
 
-def fits(path: Path) -> str:
+def fits(path: Path, plot: Path) -> str:
     """The law of each variant, what differs from full attention, and the frontier; of the file of the core's rows."""
     from sidlm.errors import SidError
     from sidlm.scaling.cells import read_cells
@@ -175,6 +176,7 @@ def fits(path: Path) -> str:
         found = fit_all(read_cells(path, params="params_non_embedding"))
     except SidError as error:
         return f"No fit: {error}\n"
+    plot_exponents({name: fit.as_dict() for name, fit in found.items()}, plot)
     body = []
     for name, fit in found.items():
         facts: dict[str, Any] = fit.as_dict()
@@ -319,6 +321,20 @@ def plot_lengths(rows: list[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+def plot_exponents(found: dict[str, dict[str, Any]], path: Path) -> None:
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.4), dpi=150, sharey=True)
+    for axes, name, of_what in zip(panels, ("alpha", "beta"), ("parameters", "tokens"), strict=True):
+        for i, (variant, facts) in enumerate(found.items()):
+            low, high = facts[f"{name}_ci"]
+            axes.errorbar(facts[name], i, xerr=[[facts[name] - low], [high - facts[name]]], color=COLOURS[variant],
+                          marker="o", markersize=4, capsize=3)  # fmt: skip
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        finish(axes, f"exponent of {of_what}, {name}, with its 95% interval")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def plot_ablations(found: list[tuple[str, dict[str, Mean | None], float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.6, 0.27 * len(found) + 1.2), dpi=150)
     for i, (_, to, _) in enumerate(reversed(found)):
@@ -407,10 +423,11 @@ def main() -> None:
         every, others = read(args.cells)
         rows, found = standard(every), ablations(every)
         write_core(rows, args.core)
+        fitted = fits(args.core, args.plots / "token-efficiency-exponents.png")
         sections = [
             ("Cells", f"{len(every)} rows; cells not finished: {[(r['name'], r['status']) for r in others]}\n"),
             ("Noise", noise(every)), ("Resolution", resolution(rows)), ("Rates", rates(every)), ("Core", core(rows)),
-            ("All sizes", overall(rows)), ("Fits", fits(args.core)), ("Ablations", ablation_table(found)),
+            ("All sizes", overall(rows)), ("Fits", fitted), ("Ablations", ablation_table(found)),
             ("Domains", parts(rows, "domains")), ("Answers", parts(rows, "answers")), ("Seconds", seconds(rows)),
         ]  # fmt: skip
         plot_core(rows, args.plots / "token-efficiency.png")
