@@ -116,3 +116,45 @@ def test_flops_are_those_of_the_dense_model(config_of):
             model(tokens, shift_labels=tokens, use_cache=False).loss.backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 3 * 3 * 16 * 2 * 2 * 48 * 192  # the feed-forward layers alone
+
+
+ABLATIONS = {
+    "recipe": {},
+    "no_warmup": {},
+    "naive": {"mlp_dense_features": 0.0},
+    "no_permutation": {"mlp_permute_tokens": False},
+    "no_mask_reuse": {"mlp_reuse_mask": False},
+}
+
+
+def trained(model, tokens, warmup, steps=6):
+    """Losses, and after the first step the norm of all gradients and what they dropped of the activations."""
+    optimizer, losses, first = torch.optim.AdamW(model.parameters(), lr=3e-3), [], None
+    for layer in mlps(model):
+        layer.measure()
+    for step in range(steps):
+        for layer in mlps(model):
+            layer.enabled.fill_(step >= warmup)
+        found = gradients(model, tokens)
+        norm = torch.stack([g.norm() for g in found.values()]).norm().item()
+        first = first or (norm, [layer.statistics[2].item() for layer in mlps(model)])
+        optimizer.step()
+        losses.append(model(tokens, shift_labels=tokens).loss.item())
+    return losses, *first
+
+
+def test_the_recipe_and_its_ablations_train(model_of, ids):
+    """Table 1 of the paper as runs of a few steps: all learn, no two are the same, and each drops what it says."""
+    tokens, runs = ids(8, 16), {}
+    for name, fields in ABLATIONS.items():
+        runs[name] = trained(model_of("full", **SPARSE, **fields), tokens, warmup=0 if name == "no_warmup" else 3)
+        assert runs[name][0][-1] < runs[name][0][0] - 0.1, name
+    assert len({tuple(losses) for losses, *_ in runs.values()}) == len(ABLATIONS)
+    (recipe, norm, _), (no_warmup, sparse_norm, _) = runs["recipe"], runs["no_warmup"]
+    assert norm != sparse_norm and recipe[0] != no_warmup[0]
+    for name in ("naive", "no_permutation", "no_mask_reuse"):
+        assert runs[name][0][:2] == pytest.approx(recipe[:2], abs=1e-5), name  # still warming up
+        assert runs[name][0][3] != pytest.approx(recipe[3], abs=1e-7), name
+    # sparse at once: the most active features are those that lose most
+    few, more = (trained(model_of("full", **SPARSE, mlp_dense_features=x), tokens, 0, 1)[2] for x in (0.4, 0.0))
+    assert all(0 < a < b for a, b in zip(few, more, strict=True))

@@ -61,6 +61,7 @@ def test_documents_told_by_offsets(monkeypatch):
     from sidlm.ops.attention import api, varlen
 
     def kernel(q, k, v, offsets, own, longest, _, *, scale, window_size, enable_gqa=False):
+        assert q.shape[-1] % 8 == k.shape[-1] % 8 == 0
         assert torch.equal(own, offsets) and max(offsets.diff().tolist()) <= longest and window_size[1] == 0
         window = None if window_size[0] < 0 else window_size[0] + 1
         parts = [slice(a, b) for a, b in zip(offsets.tolist(), offsets.tolist()[1:], strict=False) if a < b]

@@ -57,11 +57,11 @@ def test_the_default(unchecked, monkeypatch, dtype, dim):
 
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("docs", [None, "ids", "offsets"])
-@pytest.mark.parametrize("kv_heads", [2, 8])
-def test_attention_in_training_rows(window, docs, kv_heads):
+@pytest.mark.parametrize("kv_heads, dim", [(2, 64), (8, 60)])
+def test_attention_in_training_rows(window, docs, kv_heads, dim):
     """What each kind of row takes: within three times the error of torch's dense kernel in that precision."""
     make = torch.Generator().manual_seed(1)
-    shapes = [(2, 256, heads, 64) for heads in (8, kv_heads, kv_heads)]
+    shapes = [(2, 256, heads, dim) for heads in (8, kv_heads, kv_heads)]
     q, k, v = (torch.randn(shape, generator=make).cuda().bfloat16().requires_grad_() for shape in shapes)
     grad = torch.randn(shapes[0], generator=make).cuda()
     ids, offsets = None, None

@@ -203,19 +203,21 @@ def test_one_process_for_one_folder(tmp_path, argv):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """poison({3}) makes the loss of the third step's backward pass nan."""
-    real = loop.clip_gradients
+    """poison({3}) makes the gradient of the third batch nan, whenever it is computed."""
+    real = loop.gradients
 
     def install(calls):
-        seen = iter(range(1, 10**6))
+        seen = []
 
-        def clip(parameters, max_norm, pipeline):
-            parameters = list(parameters)
-            if next(seen) in calls:
-                parameters[0].grad[0, 0] = float("nan")
-            return real(parameters, max_norm, pipeline)
+        def gradients(model, batch, *rest):
+            loss = real(model, batch, *rest)
+            if not seen or seen[-1] is not batch:
+                seen.append(batch)
+            if len(seen) in calls:
+                next(model.parameters()).grad[0, 0] = float("nan")
+            return loss
 
-        monkeypatch.setattr(loop, "clip_gradients", clip)
+        monkeypatch.setattr(loop, "gradients", gradients)
 
     return install
 

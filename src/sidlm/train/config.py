@@ -121,6 +121,12 @@ class TrainConfig:
     """initial weights and the order of the data"""
     log_every: int = 10
     """steps between progress lines where there is no terminal (metrics.jsonl has every step)"""
+    verify_every: int = 10
+    """steps between comparisons, bit for bit, of what replicas (parallel.dp_replicate) hold and, of all processes, of
+    the size of their own gradients; state is also compared before each checkpoint; 0 = never"""
+    verify_recompute_every: int = 0
+    """steps between those that are computed twice and compared bit for bit, each process with itself; 0 = those that
+    are suspicious"""
     watchdog_seconds: float = 300.0
     """of several processes, all end with a diagnosis when a step takes longer than this and ten times as long as any
     before, so that torchrun starts them again; six times as long for the first step, validation, checkpoints and
@@ -230,6 +236,7 @@ def check(cfg: RunConfig) -> None:
     at_least = {
         "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 0, "train.log_every": 1,
         "train.max_skipped": 0, "train.max_skipped_in_a_row": 0, "train.watchdog_seconds": 0,
+        "train.verify_every": 0, "train.verify_recompute_every": 0,
         "checkpoint.every": 0, "checkpoint.keep": 1,
         "checkpoint.keep_every": 0, "checkpoint.keep_best": 0, "checkpoint.max_failed": 0,
         "checkpoint.export_every": 0, "validation.every": 0, "validation.documents": 1, "validation.characters": 1,

@@ -31,9 +31,10 @@ from sidlm.nn.moe import MoEFeedForward
 from sidlm.parallel.config import launched
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.average import Average
-from sidlm.train.build import Text, build_model, open_text, spread
+from sidlm.train.build import Text, build_model, open_text
 from sidlm.train.config import RunConfig, check, to_yaml
 from sidlm.train.health.monitor import Health
+from sidlm.train.integrity import Integrity
 from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
@@ -114,9 +115,7 @@ def run(
         ready = found is not None or not group.first
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
-    model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
-    model.to(device).train()
-    pipeline = spread(model, cfg, group.mesh, device, precision)
+    model, pipeline = build_model(cfg, text.tokenizer, group.mesh, device, precision, resumed=found is not None)
     optimizer = make_optimizer(model, cfg.optim)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
@@ -148,6 +147,10 @@ def run(
         health.survived("disk", problem)
 
     saver = Saver(out / "checkpoints", cfg.checkpoint, group, not_saved)
+    integrity = Integrity(
+        model, [] if pipeline is None else pipeline.stages, group, every=cfg.train.verify_every,
+        recompute_every=cfg.train.verify_recompute_every, say=log.say,
+    )  # fmt: skip
     with stop, log, saver, health.noted():
         for line in health.before:
             log.say(f"an earlier start ended: {line}")
@@ -155,14 +158,17 @@ def run(
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
         started = time.perf_counter()
+        health.at("step", state.step + 1)
         for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
             lr = learning_rate(
                 step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
             )
             set_learning_rate(optimizer, lr)
-            health.at("step", step + 1)
             sparsity.switch(sparse, step, cfg.sparsity)
-            loss, norm, spike = train_step(model, optimizer, batch, cfg, device, precision, group, pipeline, guard)
+            integrity.begin(step + 1)
+            loss, norm, spike = train_step(
+                model, optimizer, batch, cfg, device, precision, group, pipeline, guard, integrity, step
+            )
             if cfg.schedule.average_every and step >= annealing:
                 if average is None:
                     average = Average(model, annealing, cfg.schedule.average_every)
@@ -198,7 +204,9 @@ def run(
             give_up_if_hopeless(state, cfg)
             stop.signal = group.largest(stop.signal)
             stopping = bool(stop.signal)
-            if due(state.step, cfg.checkpoint.every, last or stopping):
+            saving = due(state.step, cfg.checkpoint.every, last or stopping)
+            integrity.state(tensors, state.step, saving=saving)
+            if saving:
                 health.at("checkpoint")
                 log.sync()
                 saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint))
@@ -211,6 +219,7 @@ def run(
             if stopping:
                 break
             started = time.perf_counter()
+            health.at("step", state.step + 1)
         peak_memory = hardware.peak_memory_bytes(device)
         finished = state.step == total_steps
         health.at("export")
@@ -238,6 +247,8 @@ def train_step(
     group: Processes,
     pipeline: Pipeline | None,
     guard: SpikeGuard,
+    integrity: Integrity,
+    step: int,
 ) -> tuple[float, float, str | None]:
     """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
     norm before clipping, why the guard left the step out if it did), the same on all processes.
@@ -246,29 +257,15 @@ def train_step(
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
     labelled = group.sum_rows(int((batch.labels != -100).sum()))
-    if pipeline is not None:
-        part = arguments(batch, device)
-        loss = pipeline.step(part, num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
-    else:
-        # a micro-batch keeps its tokens where rows become longer
-        rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
-        rows = rows if cfg.train.micro_batch_size else len(batch)
-        # a sharded model casts its weights itself, once for each time that it gathers them
-        autocast = "fp32" if group.mesh is not None else precision
-        loss = torch.zeros((), device=device)
-        for first in range(0, len(batch), rows):
-            part = arguments(
-                batch[first : first + rows], device, offsets=device.type == "cuda" and cfg.parallel.cp == 1
-            )
-            with hardware.autocast(device, autocast):
-                micro_loss = model(**part, num_items_in_batch=labelled, use_cache=False).loss
-            micro_loss.backward()
-            loss += micro_loss.detach()
-    loss = group.sum_tokens(loss)
+    again = functools.partial(gradients, model, batch, labelled, cfg, device, precision, group, pipeline)
+    loss = group.sum_tokens(again())
+    integrity.gradients(step + 1, again)
     norm = clip_gradients(model.parameters(), cfg.optim.clip_norm, pipeline)
     # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
     loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
     ok = math.isfinite(loss_value) and math.isfinite(norm_value)
+    if not ok:
+        integrity.not_finite(step + 1, again)
     spike = guard.judge(loss_value, norm_value) if ok else None
     ok = ok and spike is None
     if ok:
@@ -276,6 +273,35 @@ def train_step(
     update_balance(model, ok, group)
     optimizer.zero_grad(set_to_none=True)
     return loss_value, norm_value, spike
+
+
+def gradients(
+    model: nn.Module,
+    batch: Batch,
+    labelled: int | torch.Tensor,
+    cfg: RunConfig,
+    device: torch.device,
+    precision: str,
+    group: Processes,
+    pipeline: Pipeline | None,
+) -> torch.Tensor:
+    """Forward and backward pass of a process's rows; their loss, a tensor ()."""
+    if pipeline is not None:
+        part = arguments(batch, device)
+        return pipeline.step(part, num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
+    # a micro-batch keeps its tokens where rows become longer
+    rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
+    rows = rows if cfg.train.micro_batch_size else len(batch)
+    # a sharded model casts its weights itself, once for each time that it gathers them
+    autocast = "fp32" if group.mesh is not None else precision
+    loss = torch.zeros((), device=device)
+    for first in range(0, len(batch), rows):
+        part = arguments(batch[first : first + rows], device, offsets=device.type == "cuda" and cfg.parallel.cp == 1)
+        with hardware.autocast(device, autocast):
+            micro_loss = model(**part, num_items_in_batch=labelled, use_cache=False).loss
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss
 
 
 def in_use(average: Average | None) -> AbstractContextManager[None]:

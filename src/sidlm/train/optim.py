@@ -153,4 +153,11 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     norm = torch.nn.utils.get_total_norm(gradients)
     # of sharded gradients it is a DTensor, whose parts are to be added once
     full_tensor = getattr(norm, "full_tensor", None)
-    return norm if full_tensor is None else full_tensor()
+    if full_tensor is None:
+        return norm
+    whole, mesh = full_tensor(), norm.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    if "dp_replicate" in (mesh.mesh_dim_names or ()):
+        # other processes added it up for each replica: what a replica scales by must not hang on their rounding
+        whole = whole.nan_to_num(torch.inf)
+        torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MAX, group=mesh.get_group("dp_replicate"))
+    return whole

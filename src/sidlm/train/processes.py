@@ -121,12 +121,14 @@ class Processes:
         """The model on one process; of a sharded one a whole copy on the first process, and None on the others."""
         if self.mesh is None:
             return model
+        from sidlm.parallel.materialize import allocate
         from sidlm.parallel.mesh import send_to_first
 
         copy = None
         if self.first:
-            with torch.random.fork_rng(), torch.device(self.mesh.device_type):
+            with torch.device("meta"):
                 copy = type(model)(model.config).to(next(model.parameters()).dtype).train(model.training)
+            allocate([copy], torch.device(self.mesh.device_type))
         into = {} if copy is None else copy.state_dict()
         own, held = model.state_dict(), self.held(list(model.state_dict()))
         for stage, names in enumerate(held):

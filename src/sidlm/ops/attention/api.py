@@ -39,6 +39,7 @@ def attention_mask(
     offsets: tuple[Int[Tensor, "n"], int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
     impl: str | None = None,
 ) -> Mask:
     """The mask of :func:`attention` for these lengths, window and documents, to be passed as ``mask=``.
@@ -52,14 +53,14 @@ def attention_mask(
         offsets: what doc_ids say, for rows without padding whose documents are each in one piece: where documents begin
             in the rows one behind the other, (N + 1,) int32 with the number of tokens at the end, and at least the
             length of the longest. Whoever has them on the host spares a wait for the device.
-        dtype: of q, k and v.
+        dtype, head_dim: of q, k and v.
     """
     device = torch.device(device)
     plain = doc_ids is None and (window is None or kv_len <= window)
     impl = impl or dispatch.override("attention")
     if impl is None and not plain and device.type == "cuda":
         known = q_len == kv_len and (doc_ids is None or offsets is not None)
-        if known and varlen.why_not(device, dtype) is None:
+        if known and head_dim <= varlen.LARGEST_DIM and varlen.why_not(device, dtype) is None:
             impl = "varlen"
         elif torch.is_grad_enabled() and q_len % FLEX_BLOCK == 0:
             impl = "flex"
@@ -114,7 +115,9 @@ def attention(
     """
     _check(q, k, v, window, doc_ids)
     if mask is None:
-        settings = {"window": window, "doc_ids": doc_ids, "device": q.device, "dtype": q.dtype, "impl": impl}
-        mask = attention_mask(q.shape[1], k.shape[1], **settings)
+        mask = attention_mask(
+            q.shape[1], k.shape[1], window=window, doc_ids=doc_ids,
+            device=q.device, dtype=q.dtype, head_dim=q.shape[3], impl=impl,
+        )  # fmt: skip
     out = IMPLEMENTATIONS[mask.impl].run(q, k, v, mask.visible, scale)
     return out if mask.is_query is None else out.masked_fill(~mask.is_query[..., None, None], 0.0)

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import varlen as kernels
 
+LARGEST_DIM = 256  # head_dim of flash attention's kernels
 # torch 2.11 takes fewer key heads than query heads as they come, later ones want to be told
 _SAYS_GROUPED = "enable_gqa" in inspect.signature(kernels.varlen_attn).parameters
 
@@ -53,9 +55,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scal
     else:
         lines = offsets, offsets, longest, longest
     told: dict[str, Any] = {"enable_gqa": q.shape[2] != k.shape[2]} if _SAYS_GROUPED else {}
+    dim = q.shape[3]
+    q, k, v = (F.pad(x.flatten(0, 1), (0, -dim % 8)) for x in (q, k, v))  # the kernels take multiples of 8
     out = kernels.varlen_attn(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lines,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), **told,
+        q, k, v, *lines, scale=dim**-0.5 if scale is None else scale,
+        window_size=(-1 if window is None else window - 1, 0), **told,
     )  # fmt: skip
     assert isinstance(out, Tensor)
-    return out.unflatten(0, (b, t))
+    return out[..., :dim].unflatten(0, (b, t))
