@@ -147,7 +147,7 @@ def plot_training(cells: list[Row], path: Path) -> None:
         axes.set(xlabel="million tokens", ylim=(-0.08, 0.06))
         finish(axes, f"size {size}")
     panels[0][0].set_ylabel("training loss minus full attention, nats")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    panels[0][-1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
 
@@ -187,9 +187,7 @@ def plot_probes(rows: list[Row], path: Path) -> None:
                 means = [statistics.mean(points[n]) for n in at]
                 low = [m - min(points[n]) for m, n in zip(means, at, strict=True)]
                 high = [max(points[n]) - m for m, n in zip(means, at, strict=True)]
-                axes.errorbar(
-                    at, means, (low, high), color=COLOURS[variant], marker="o", markersize=3, capsize=2, label=variant
-                )
+                axes.errorbar(at, means, (low, high), color=COLOURS[variant], marker="o", markersize=3, capsize=2)
         axes.axhline(next(r["chance"] for r in rows if r["task"] == task), color="grey", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set(ylim=(0, 1.03), xlabel="training problems", ylabel="accuracy, held out")
@@ -198,6 +196,6 @@ def plot_probes(rows: list[Row], path: Path) -> None:
         axes.set_visible(False)
     for variant in CORE:
         grid[0][-1].plot([], [], "o-", color=COLOURS[variant], markersize=3, label=variant)
-    grid[0][-1].legend(frameon=False, fontsize=7)
+    grid[0][-1].legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
     figure.tight_layout()
     figure.savefig(path)
