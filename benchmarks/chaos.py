@@ -33,13 +33,14 @@ from typing import Any
 from _faults import KINDS, Fault, Injector, free, schedule
 from kill_resume import TINY, write_corpus
 
-COUNTS = {"kill": 8, "stop": 4, "hang": 4, "slow": 4, "flip": 5, "disk": 4, "cut": 4, "reset": 3}
+COUNTS = {"kill": 8, "stop": 3, "hang": 4, "slow": 4, "flip": 5, "disk": 3, "cut": 3, "reset": 3}
 NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens", "valid")
 SETTINGS = shlex.split(
-    "--checkpoint.every 5 --checkpoint.max_failed 100 --validation.every 40 --validation.documents 4 "
-    "--checkpoint.export_every 0 --data.valid_fraction 0.05"
+    "--parallel.dp_replicate 2 --train.verify_every 1 --train.verify_recompute_every 1 --checkpoint.every 5 "
+    "--checkpoint.max_failed 100 --checkpoint.export_every 0 --validation.every 40 --validation.documents 4 "
+    "--data.valid_fraction 0.05"
 )
-SLOW_STEPS = 4
+SLOW_STEPS = 2
 FREED_AFTER = 5.0
 """Seconds until a full disk has room again"""
 
@@ -59,19 +60,18 @@ def worker(argv: list[str], faults: list[Fault], folder: str, disk: str, slow: f
     torch.set_num_threads(1)
     hardware.peak_flops = lambda device, precision: hardware.Peak(1e11, "not of interest")
     injector = Injector(faults, rank, Path(folder), Path(disk), slow, SLOW_STEPS)
-    begin, clip = Health.at, loop.clip_gradients
+    begin, compute = Health.at, loop.gradients
 
     def at(self: Health, phase: str, step: int | None = None) -> None:
         begin(self, phase, step)
         if step is not None:
             injector.at(step)
 
-    def clip_gradients(parameters: Any, *rest: Any) -> Any:
-        parameters = list(parameters)
-        injector.flip_bit(parameters)
-        return clip(parameters, *rest)
+    def gradients(model: Any, *rest: Any) -> Any:
+        with injector.flipping(model):
+            return compute(model, *rest)
 
-    Health.at, loop.clip_gradients = at, clip_gradients
+    Health.at, loop.gradients = at, gradients
     processes.HEAD_START, processes.LAST_WORDS = 0.3, 0.6
     status = main(["train", *argv])
     sys.stdout.flush()
@@ -142,7 +142,9 @@ def read_steps(folder: Path) -> list[tuple[float, int]]:
     return [(float(moment), int(step)) for moment, step in (line.split() for line in lines)]
 
 
-EXPECTED = {"kill": "killed", "stop": "hung", "hang": "hung", "cut": "network", "reset": "network"}
+EXPECTED = {
+    "kill": "killed", "stop": "hung", "hang": "hung", "cut": "network", "reset": "network", "flip": "corruption",
+}  # fmt: skip
 """Kind of fault -> kind of diagnosis"""
 
 
@@ -222,9 +224,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", nargs="*", default=[], metavar="KIND=N", help=f"faults; all of {COUNTS}")
-    parser.add_argument("--gap", type=int, default=7, help="steps between two faults, and sometimes one or two more")
-    parser.add_argument("--watchdog", type=float, default=8.0, help="train.watchdog_seconds")
-    parser.add_argument("--slow", type=float, default=1.0, help="seconds by which a slow process is late in a step")
+    parser.add_argument("--gap", type=int, default=6, help="steps between two faults, and sometimes one or two more")
+    parser.add_argument("--watchdog", type=float, default=10.0, help="train.watchdog_seconds")
+    parser.add_argument("--slow", type=float, default=3.0, help="seconds by which a slow process is late in a step")
     parser.add_argument("--megabytes", type=int, default=24, help="size of the disk")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--out", type=Path, help="JSON file for the results")

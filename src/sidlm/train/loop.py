@@ -158,12 +158,12 @@ def run(
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
         started = time.perf_counter()
+        health.at("step", state.step + 1)
         for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
             lr = learning_rate(
                 step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
             )
             set_learning_rate(optimizer, lr)
-            health.at("step", step + 1)
             sparsity.switch(sparse, step, cfg.sparsity)
             integrity.begin(step + 1)
             loss, norm, spike = train_step(
@@ -219,6 +219,7 @@ def run(
             if stopping:
                 break
             started = time.perf_counter()
+            health.at("step", state.step + 1)
         peak_memory = hardware.peak_memory_bytes(device)
         finished = state.step == total_steps
         health.at("export")
