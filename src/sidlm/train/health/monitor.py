@@ -98,9 +98,10 @@ class Health:
     def __enter__(self) -> Health:
         self._write_beat()
         self.stacks: TextIO | None = None
-        with contextlib.suppress(OSError, AttributeError):  # no such signal on Windows
-            self.stacks = (self.folder / f"rank-{self.rank}.stacks.txt").open("w", encoding="utf-8")
-            faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)
+        if hasattr(signal, "SIGUSR2"):  # not on Windows
+            with contextlib.suppress(OSError):
+                self.stacks = (self.folder / f"rank-{self.rank}.stacks.txt").open("w", encoding="utf-8")
+                faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)
         self.thread = threading.Thread(target=self._watch, name="health", daemon=True)
         self.thread.start()
         return self
