@@ -148,6 +148,10 @@ EXPECTED = {
 """Kind of fault -> kind of diagnosis"""
 
 
+LATER = {"disk": 5, "slow": SLOW_STEPS - 1}
+"""Steps after a fault's that are right too: a disk is found full when something is written next"""
+
+
 def judge(fault: Fault, struck: dict[str, Any], until: float, evidence: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether what Sid said between a fault and the next one names it. evidence: diagnoses and events with "time"."""
     said = [one for one in evidence if struck["time"] - 0.05 <= one["time"] < until]
@@ -157,8 +161,7 @@ def judge(fault: Fault, struck: dict[str, Any], until: float, evidence: list[dic
         "detected": bool(said),
         "kind_right": best is not None,
         "rank_right": best is not None and best["ranks"] == [fault.rank],
-        # a disk is found full when something is written next
-        "step_right": best is not None and 0 <= best["step"] - struck["step"] <= (5 if fault.kind == "disk" else 0),
+        "step_right": best is not None and 0 <= best["step"] - struck["step"] <= LATER.get(fault.kind, 0),
         "collective": best and best.get("collective") and collective_name(best["collective"]),
         "seconds_to_detect": round(best["time"] - struck["time"], 2) if best else None,
         "line": best["line"] if best else "; ".join(one["line"] for one in said) or None,
@@ -238,7 +241,7 @@ def main() -> int:
 
     options = parse()
     environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    os.environ |= environment | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    os.environ |= environment | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
     multiprocessing.set_forkserver_preload(
         ["sidlm.train.loop", "sidlm.models", "sidlm.data.loader", "sidlm.evaluate", "sidlm.parallel.shard"]
     )
