@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -173,19 +172,24 @@ def collective_name(collective: dict[str, Any]) -> str:
 
 
 def recovery(struck: dict[str, Any], until: float, steps: list[tuple[float, int]]) -> dict[str, Any]:
-    """Of steps begun [(time, step)] in the first process: how long until the step of a fault was passed, and how many
-    were done again."""
-    before = [step for moment, step in steps if moment <= struck["time"]]
-    after = [(moment, step) for moment, step in steps if struck["time"] < moment < until]
-    reached = max([struck["step"], *before[-1:]])
-    again = [step for (_, earlier), (_, step) in zip([(0.0, reached), *after], after, strict=False) if step <= earlier]
-    # the others may begin one more step after a process has failed: what counts is after the last restart
-    last = max([0, *(i for i, (one, two) in enumerate(itertools.pairwise(after), 1) if two[1] <= one[1])])
-    passed = next((moment for moment, step in after[last:] if step > reached), None)
+    """Of steps begun [(time, step)] in the first process, between a fault and the next one: how long until the fault's
+    step was passed, how many steps were begun again, and how often the run was started again."""
+    last = highest = max([step for moment, step in steps if moment <= struck["time"]], default=0)
+    repeated = restarts = 0
+    passed = None
+    for moment, step in steps:
+        if not struck["time"] < moment < until:
+            continue
+        if step <= last:
+            restarts, passed = restarts + 1, None  # the others may begin a step more after one has failed
+        repeated += step <= highest
+        if passed is None and step > struck["step"]:
+            passed = moment
+        last, highest = step, max(highest, step)
     return {
         "seconds_to_recover": round(passed - struck["time"], 2) if passed is not None else None,
-        "steps_repeated": sum(step <= reached for _, step in after),
-        "restarts": len(again),
+        "steps_repeated": repeated,
+        "restarts": restarts,
     }
 
 
