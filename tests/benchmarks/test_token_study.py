@@ -115,7 +115,7 @@ def test_seeds_together_are_what_training_computes_for_each(tmp_path):
     models = []
     for cfg, one in zip(cfgs, texts, strict=True):
         torch.manual_seed(cfg.train.seed)
-        models.append(build_model(cfg, one.tokenizer))
+        models.append(build_model(cfg, one.tokenizer, None, torch.device("cpu"), "fp32")[0])
 
     def rows(step):
         batches = [one.loader.batch(step) for one in texts]
