@@ -4,7 +4,6 @@ Plans over two processes run as two copies. Results are relative errors by case 
 """
 
 import functools
-import gc
 import json
 import os
 import sys
@@ -318,14 +317,6 @@ SETS = {"two": (TWO, 2), "four": (CASES, RANKS), "more": (MORE, RANKS), "eight":
 """Name -> cases, and the number of processes"""
 
 
-def forget_groups() -> None:
-    """End what a case's meshes made: each group has threads of its own, hundreds of them after some cases."""
-    gc.collect()
-    for group in list(distributed.distributed_c10d._world.pg_map):
-        if group is not distributed.group.WORLD:
-            distributed.destroy_process_group(group)
-
-
 def chosen() -> str:
     return sys.argv[2] if sys.argv[2:] else "four"
 
@@ -335,7 +326,6 @@ def main(rank: int, folder: Path) -> None:
     cases, _ = SETS[chosen()]
     for case, compute in cases.items():
         found = compute()
-        forget_groups()
         expected = alone(next(name for name in MODELS if name in case))
         names: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(names, list(found))
