@@ -92,7 +92,7 @@ def train(
 
     Of pipeline stages only what this process holds.
     """
-    optimizer = make_optimizer(model, OptimConfig(lr=0.01, clip_norm=0.5))
+    optimizer = make_optimizer(model, OptimConfig(lr=0.01, clip_norm=0.5), mesh)
     found: dict[str, Tensor] = {}
     for step in range(2):
         rows = {name: x.chunk(share[1])[share[0]] for name, x in batch(step).items()}

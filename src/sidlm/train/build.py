@@ -150,9 +150,7 @@ def spread(
     from sidlm.parallel.recompute import recompute_block
 
     if cfg.train.float8 != "off":
-        if cfg.parallel.tp > 1:
-            raise SidError(f"train.float8 {cfg.train.float8} and parallel.tp {cfg.parallel.tp} do not go together yet")
-        convert(model, cfg.train.float8, device)
+        convert(model, cfg.train.float8, device, cfg.parallel.tp)
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
         for block in model.model.layers:

@@ -39,7 +39,7 @@ from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.processes import Processes
-from sidlm.train.recipe import anneal_steps
+from sidlm.train.recipe import anneal_steps, micro_batch_rows
 from sidlm.train.report import write_report
 from sidlm.train.saving import Saver
 from sidlm.train.schedule import learning_rate
@@ -93,7 +93,13 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
     Raises SidError for anything a user can mend; the newest checkpoint stays intact in every case.
     """
     check(cfg)
-    with processes.started(cfg) as group, folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
+    with processes.started(cfg) as group:
+        return train_in(cfg, group, on_step)
+
+
+def train_in(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
+    """`train` in processes that have been started, and may train several runs one after the other."""
+    with folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
         found = group.told(folder.find_resume(cfg) if group.first else None)
         with Health(Path(cfg.train.out), group, cfg.train.watchdog_seconds) as health:
             return run(cfg, group, found, health, on_step)
@@ -116,7 +122,7 @@ def run(
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
     model, pipeline = build_model(cfg, text.tokenizer, group.mesh, device, precision, resumed=found is not None)
-    optimizer = make_optimizer(model, cfg.optim)
+    optimizer = make_optimizer(model, cfg.optim, group.mesh)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
     state, annealing = RunState(), cfg.train.steps - anneal_steps(cfg)
@@ -286,12 +292,10 @@ def gradients(
     pipeline: Pipeline | None,
 ) -> torch.Tensor:
     """Forward and backward pass of a process's rows; their loss, a tensor ()."""
+    rows = micro_batch_rows(cfg, batch.tokens.shape[1])
     if pipeline is not None:
-        part = arguments(batch, device)
-        return pipeline.step(part, num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
-    # a micro-batch keeps its tokens where rows become longer
-    rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
-    rows = rows if cfg.train.micro_batch_size else len(batch)
+        return pipeline.step(arguments(batch, device), num_items=labelled, micro_batch_size=rows or 1)
+    rows = rows or len(batch)
     # a sharded model casts its weights itself, once for each time that it gathers them
     autocast = "fp32" if group.mesh is not None else precision
     loss = torch.zeros((), device=device)
