@@ -63,7 +63,7 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon: the blocks' matrices take orthogonalised momentum steps of the size of AdamW's, so lr and weight_decay stay
-    as they are; embedding, head, norms, routers and experts stay with AdamW. One process only"""
+    as they are; embedding, head, norms, routers and experts stay with AdamW"""
     muon_momentum: float = 0.95
     """momentum of Muon"""
     lr: float = 1e-3

@@ -31,7 +31,7 @@ from sidlm.nn.moe import MoEFeedForward
 from sidlm.parallel.config import launched
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.average import Average
-from sidlm.train.build import Text, build_model, open_text, spread
+from sidlm.train.build import Text, build_model, open_text
 from sidlm.train.config import RunConfig, check, to_yaml
 from sidlm.train.health.monitor import Health
 from sidlm.train.integrity import Integrity
@@ -42,7 +42,7 @@ from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.processes import Processes
 from sidlm.train.ranklog import RankLog
-from sidlm.train.recipe import anneal_steps
+from sidlm.train.recipe import anneal_steps, micro_batch_rows
 from sidlm.train.report import write_report
 from sidlm.train.saving import Saver
 from sidlm.train.schedule import learning_rate
@@ -106,7 +106,13 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
     Raises SidError for anything a user can mend; the newest checkpoint stays intact in every case.
     """
     check(cfg)
-    with processes.started(cfg) as group, folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
+    with processes.started(cfg) as group:
+        return train_in(cfg, group, on_step)
+
+
+def train_in(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
+    """`train` in processes that have been started, and may train several runs one after the other."""
+    with folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
         found = group.told(folder.find_resume(cfg) if group.first else None)
         out = Path(cfg.train.out)
         with (
@@ -135,10 +141,8 @@ def run(
         ready = found is not None or not group.first
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
-    model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
-    model.to(device).train()
-    pipeline = spread(model, cfg, group.mesh, device, precision)
-    optimizer = make_optimizer(model, cfg.optim)
+    model, pipeline = build_model(cfg, text.tokenizer, group.mesh, device, precision, resumed=found is not None)
+    optimizer = make_optimizer(model, cfg.optim, group.mesh)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
     state, annealing = RunState(), cfg.train.steps - anneal_steps(cfg)
@@ -191,13 +195,14 @@ def run(
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
         started = time.perf_counter()
+        health.at("step", state.step + 1)
         ledger.at("data")
         for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
             lr = learning_rate(
                 step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
             )
             set_learning_rate(optimizer, lr)
-            at("step", step + 1)
+            ledger.at("step", step + 1)
             tracer.at(step + 1)
             sparsity.switch(sparse, step, cfg.sparsity)
             last = step + 1 == total_steps
@@ -262,8 +267,9 @@ def run(
             if stopping:
                 break
             started = time.perf_counter()
-            ledger.at("data")
             pace.resume()
+            health.at("step", state.step + 1)
+            ledger.at("data")
         peak_memory = hardware.peak_memory_bytes(device)
         finished = state.step == total_steps
         at("export")
@@ -352,12 +358,10 @@ def gradients(
     pipeline: Pipeline | None,
 ) -> torch.Tensor:
     """Forward and backward pass of a process's rows; their loss, a tensor ()."""
+    rows = micro_batch_rows(cfg, batch.tokens.shape[1])
     if pipeline is not None:
-        part = arguments(batch, device)
-        return pipeline.step(part, num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
-    # a micro-batch keeps its tokens where rows become longer
-    rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
-    rows = rows if cfg.train.micro_batch_size else len(batch)
+        return pipeline.step(arguments(batch, device), num_items=labelled, micro_batch_size=rows or 1)
+    rows = rows or len(batch)
     # a sharded model casts its weights itself, once for each time that it gathers them
     autocast = "fp32" if group.mesh is not None else precision
     loss = torch.zeros((), device=device)
