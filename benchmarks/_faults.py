@@ -68,7 +68,7 @@ class Injector:
         self.step = step
         if self.rank == 0:
             with (self.folder / "steps.log").open("a") as file:
-                file.write(f"{time.time():.3f} {step}\n")
+                file.write(f"{time.time():.6f} {step}\n")
         for fault in self.faults:
             if fault.step == step and self._fire(fault):
                 self._strike(fault)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -148,6 +147,10 @@ EXPECTED = {
 """Kind of fault -> kind of diagnosis"""
 
 
+LATER = {"disk": 5, "slow": SLOW_STEPS - 1}
+"""Steps after a fault's that are right too: a disk is found full when something is written next"""
+
+
 def judge(fault: Fault, struck: dict[str, Any], until: float, evidence: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether what Sid said between a fault and the next one names it. evidence: diagnoses and events with "time"."""
     said = [one for one in evidence if struck["time"] - 0.05 <= one["time"] < until]
@@ -157,8 +160,7 @@ def judge(fault: Fault, struck: dict[str, Any], until: float, evidence: list[dic
         "detected": bool(said),
         "kind_right": best is not None,
         "rank_right": best is not None and best["ranks"] == [fault.rank],
-        # a disk is found full when something is written next
-        "step_right": best is not None and 0 <= best["step"] - struck["step"] <= (5 if fault.kind == "disk" else 0),
+        "step_right": best is not None and 0 <= best["step"] - struck["step"] <= LATER.get(fault.kind, 0),
         "collective": best and best.get("collective") and collective_name(best["collective"]),
         "seconds_to_detect": round(best["time"] - struck["time"], 2) if best else None,
         "line": best["line"] if best else "; ".join(one["line"] for one in said) or None,
@@ -170,19 +172,24 @@ def collective_name(collective: dict[str, Any]) -> str:
 
 
 def recovery(struck: dict[str, Any], until: float, steps: list[tuple[float, int]]) -> dict[str, Any]:
-    """Of steps begun [(time, step)] in the first process: how long until the step of a fault was passed, and how many
-    were done again."""
-    before = [step for moment, step in steps if moment <= struck["time"]]
-    after = [(moment, step) for moment, step in steps if struck["time"] < moment < until]
-    reached = max([struck["step"], *before[-1:]])
-    again = [step for (_, earlier), (_, step) in zip([(0.0, reached), *after], after, strict=False) if step <= earlier]
-    # the others may begin one more step after a process has failed: what counts is after the last restart
-    last = max([0, *(i for i, (one, two) in enumerate(itertools.pairwise(after), 1) if two[1] <= one[1])])
-    passed = next((moment for moment, step in after[last:] if step > reached), None)
+    """Of steps begun [(time, step)] in the first process, between a fault and the next one: how long until the fault's
+    step was passed, how many steps were begun again, and how often the run was started again."""
+    last = highest = max([step for moment, step in steps if moment <= struck["time"]], default=0)
+    repeated = restarts = 0
+    passed = None
+    for moment, step in steps:
+        if not struck["time"] < moment < until:
+            continue
+        if step <= last:
+            restarts, passed = restarts + 1, None  # the others may begin a step more after one has failed
+        repeated += step <= highest
+        if passed is None and step > struck["step"]:
+            passed = moment
+        last, highest = step, max(highest, step)
     return {
         "seconds_to_recover": round(passed - struck["time"], 2) if passed is not None else None,
-        "steps_repeated": sum(step <= reached for _, step in after),
-        "restarts": len(again),
+        "steps_repeated": repeated,
+        "restarts": restarts,
     }
 
 
@@ -238,7 +245,7 @@ def main() -> int:
 
     options = parse()
     environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    os.environ |= environment | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    os.environ |= environment | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
     multiprocessing.set_forkserver_preload(
         ["sidlm.train.loop", "sidlm.models", "sidlm.data.loader", "sidlm.evaluate", "sidlm.parallel.shard"]
     )

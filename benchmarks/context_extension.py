@@ -1,10 +1,10 @@
-"""Claim: a small model's context grows sixteenfold in six stages, each of which passes its gate.
+"""Question: does a small model's context grow sixteenfold in six stages, each of which passes its gate?
 
     python benchmarks/context_extension.py --out benchmarks/results/context_extension.json
 
 What Llama 3 does from 8K to 128K tokens, from 64 to 1,024 on two CPU cores: a model of half a million parameters is
-trained in rows of 64 tokens, then `sid extend` lengthens its context until every needle is found at each new length and
-the loss of held-out short texts is back. Such a model learns to read a needle from nothing but needles, so the text is
+trained in rows of 64 tokens, then `sid extend` lengthens its context, wanting every needle at each new length and the
+loss of held-out short texts back. Such a model learns to read a needle from nothing but needles, so the text is
 made for that: sentences of a small grammar, or the filler of the test repeated, with one number planted somewhere and
 asked for at the end. Numbers are drawn at random, those of the test are others. Half of the extension's rows are the
 short texts of before, half are texts of up to the longest row.

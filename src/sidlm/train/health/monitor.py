@@ -61,6 +61,8 @@ class Health:
         self.out, self.group, self.seconds = out, group, seconds
         self.rank = group.rank
         self.peers = group.everyone(peers.this(self.rank))
+        self.to_keep: deque[files.Record] = deque()
+        """for history.jsonl; on a full disk it waits"""
         self.before = self._history() if group.first else []
         """lines on how earlier starts ended, said by the first process"""
         self.tick = beat_seconds(group.count)
@@ -70,7 +72,6 @@ class Health:
         self.noted_failure = False
         self.slowness = Slowness(self.rank, group.count)
         self.hang: files.Record = {}
-        self.to_keep: deque[files.Record] = deque()
         self.links: list[dict[str, Any]] = []
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.folder = self._folder()
@@ -91,16 +92,18 @@ class Health:
         for number, folder in files.starts(self.out):
             finding = None if number in known else diagnose(folder)
             if finding is not None:
-                files.add_history(self.out, finding | {"start": number})
+                self.to_keep.append(finding | {"start": number})
                 lines.append(str(finding["line"]))
         return lines
 
     def __enter__(self) -> Health:
         self._write_beat()
+        self._keep_events()
         self.stacks: TextIO | None = None
-        with contextlib.suppress(OSError, AttributeError):  # no such signal on Windows
-            self.stacks = (self.folder / f"rank-{self.rank}.stacks.txt").open("w", encoding="utf-8")
-            faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)
+        if hasattr(signal, "SIGUSR2"):  # not on Windows
+            with contextlib.suppress(OSError):
+                self.stacks = (self.folder / f"rank-{self.rank}.stacks.txt").open("w", encoding="utf-8")
+                faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)
         self.thread = threading.Thread(target=self._watch, name="health", daemon=True)
         self.thread.start()
         return self
@@ -220,11 +223,11 @@ class Health:
     def _watch(self) -> None:
         while not self.ended.wait(self.tick):
             self._write_beat()
-            self._keep_events()
             self.look_at_peers()
             if self.steps_here and not self.links:
                 self._keep_links()
             self._look_at_slow_steps()
+            self._keep_events()
             if self.overdue() or (self.group.count > 1 and (self.folder / "hang").exists()):
                 self._hung()
                 return
@@ -305,8 +308,9 @@ class Health:
         }  # fmt: skip
 
     def _keep_events(self) -> None:
-        while self.to_keep and files.add_history(self.out, self.to_keep[0]):
-            self.to_keep.popleft()
+        with self.lock:
+            while self.to_keep and files.add_history(self.out, self.to_keep[0]):
+                self.to_keep.popleft()
 
     def _write_beat(self) -> None:
         self.beaten = time.time()
