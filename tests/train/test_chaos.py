@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks/chaos.py"
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_hung_process_are_named_and_nothing_is_lost(tmp_path):
     """benchmarks/chaos.py with two processes: what it asks of itself, for one fault of two kinds."""
     out = tmp_path / "result.json"

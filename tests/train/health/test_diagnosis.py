@@ -195,5 +195,9 @@ def test_a_step_that_is_no_slower_is_not_looked_at(tmp_path):
     one = Slowness(0, 2)
     for step in range(1, 20):
         one.done(step, 100.0, 1.0 + 0.4 * (step % 2))
+    for step in range(20, 30):
+        one.done(step, 100.0, 0.001)
+    one.recent.extend([0.01] * 60)
+    one.done(30, 100.0, 0.3)  # a hiccup, however much longer than usual
     one.write(tmp_path)
     assert one.judge(tmp_path, {}) is None and not list(tmp_path.iterdir())

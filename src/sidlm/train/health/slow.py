@@ -17,6 +17,9 @@ from sidlm.train.health import dump, files
 NOTED, SLOW = 1.5, 2.0
 """Times the usual duration from which a step's arrivals are written, and from which they are judged"""
 
+LEAST = 1.0
+"""Seconds beyond the usual that are worth a line; half of it for arrivals to be written"""
+
 KNOWN = 5
 """Steps until it is known what is usual"""
 
@@ -48,7 +51,8 @@ class Slowness:
     def done(self, step: int, began: float, seconds: float) -> None:
         """A step took so long."""
         usual = statistics.median(self.recent) if len(self.recent) >= KNOWN else seconds
-        if self.processes > 1 and seconds > NOTED * usual and self.pending is None and time.time() > self.looked + GAP:
+        noted = seconds > max(NOTED * usual, usual + LEAST / 2)
+        if self.processes > 1 and noted and self.pending is None and time.time() > self.looked + GAP:
             self.pending = SlowStep(step, began, seconds, usual)
         self.recent.append(seconds)
 
@@ -62,7 +66,7 @@ class Slowness:
         inside = [c for c in found if slow.began <= c["time"] <= slow.began + slow.seconds]
         arrivals = {f"{c['group']} {c['ranks']} {c['number']} {c['name']}": c["time"] for c in inside}
         files.write(folder / f"rank-{self.rank}.slow.json", {"step": slow.step, "arrivals": arrivals})
-        if slow.seconds > SLOW * slow.usual:
+        if slow.seconds > max(SLOW * slow.usual, slow.usual + LEAST):
             self.judged = slow
 
     def judge(self, folder: Path, beats: dict[int, Any]) -> tuple[int, int, str] | None:
