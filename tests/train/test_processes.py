@@ -19,7 +19,8 @@ from sidlm.train import processes
 from sidlm.train.metrics import read_json_lines
 
 PROGRAM = Path(__file__).with_name("process_runs.py")
-CHANGES = {"train.steps": 4, "schedule.warmup_steps": 0, "validation.every": 2, "validation.documents": 4}
+CHANGES = {"train.steps": 4, "schedule.warmup_steps": 0, "validation.every": 2, "validation.documents": 4,
+           "train.layer_stats_every": 2, "train.verify_every": 1}  # fmt: skip
 SIZES = {"data.vocab_size": 521, "model.set": [
     "hidden_size=32", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=8", "num_hidden_layers=2",
     "intermediate_size=48", "simplicial_window=[8,4]", "layer_types=[full_attention,simplicial_attention]",
@@ -120,6 +121,28 @@ def test_the_run_is_that_of_one_process(runs, name):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [*MESHES, *RESUMED.values()])
+def test_statistics_of_layers_are_those_of_one_process(runs, name):
+    place, _ = runs
+    one = "experts-one" if name.startswith("experts-") else "one"
+    expected, found = (read_json_lines(place / run / "metrics.jsonl")[-1]["layers"] for run in (one, name))
+    for key, values in expected["output"].items():
+        assert found["output"][key] == pytest.approx(values, rel=1e-4, abs=1e-6)
+    for key, values in expected["gradient"].items():
+        # where a number is all but zero, rounding decides
+        assert found["gradient"][key] == pytest.approx(values, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_process_is_heard(runs, name):
+    place, _ = runs
+    ranks = read_json_lines(place / name / "metrics.jsonl")[-1]["ranks"]
+    assert {key: len(values) for key, values in ranks.items()} == dict.fromkeys(ranks, 4)
+    assert all(value > 0 for values in ranks.values() for value in values)
+    log = (place / name / "log.txt").read_text()
+    assert f" ranks 0-3 INFO {place / name}: " in log and " rank 0 INFO effective training time " in log
 
 
 @pytest.mark.parametrize("name", MESHES)

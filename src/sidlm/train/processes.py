@@ -108,6 +108,15 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def numbers(self, values: list[float]) -> list[list[float]]:
+        """As many numbers of each process, by rank, on all of them."""
+        if self.mesh is None:
+            return [values]
+        own = torch.tensor(values, dtype=torch.float64, device=self.mesh.device_type)
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(found, own)
+        return torch.stack(found).tolist()
+
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first process runs the body, then the others do: they find what it made."""
