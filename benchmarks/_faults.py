@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Injector:
         self.step = step
         if self.rank == 0:
             with (self.folder / "steps.log").open("a") as file:
-                file.write(f"{time.time():.3f} {step}\n")
+                file.write(f"{time.time():.6f} {step}\n")
         for fault in self.faults:
             if fault.step == step and self._fire(fault):
                 self._strike(fault)
@@ -101,21 +102,34 @@ class Injector:
         self._sign(fault)
         strike_from_outside(fault.kind)
 
-    def flip_bit(self, parameters: list[Any]) -> None:
-        """Flip the bit that is due in the first gradient that has a number to flip."""
+    @contextlib.contextmanager
+    def flipping(self, model: Any) -> Iterator[None]:
+        """Flip the bit that is due while gradients are computed in the body: of odd faults before the reduction, in the
+        gradient of the embedding's output, of even ones after it, in what this process holds of a parameter's."""
         fault, self.flip = self.flip, None
         if fault is None:
-            return
-        import torch
+            yield
+        elif fault.index % 2:
 
-        for parameter in parameters:
-            gradient = getattr(parameter.grad, "_local_tensor", parameter.grad)
-            found = None if gradient is None else gradient.flatten().nonzero()
-            if gradient is not None and found is not None and len(found):
-                bits = gradient.view(torch.int32).view(-1)
-                bits[found[0, 0]] ^= 1 << fault.bit
-                return
-        raise AssertionError("no gradient to flip a bit of")
+            def flip(gradient: Any) -> Any:
+                flip_bit(gradient := gradient.clone(), fault.bit)
+                return gradient
+
+            embedding = model.get_input_embeddings()
+            hook = embedding.register_forward_hook(lambda module, given, output: output.register_hook(flip) and None)
+            yield
+            hook.remove()
+        else:
+            yield
+            flip_bit(next(p.grad for p in model.parameters() if p.grad is not None).to_local(), fault.bit)
+
+
+def flip_bit(gradient: Any, bit: int) -> None:
+    """In place, of the first number that is not 0."""
+    import torch
+
+    first = gradient.flatten().nonzero()[0, 0]
+    gradient.view(torch.int32).view(-1)[first] ^= 1 << bit
 
 
 def strike_from_outside(kind: str) -> None:

@@ -20,10 +20,19 @@ SIZES: dict[str, dict[str, Any]] = {
     "s": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 512},
     "m": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 704},
     "l": {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "ff": 1024},
+    "nano": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "ff": 176,
+        "head_dim": 32,
+    },
     "toy": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "ff": 64},
 }
-"""About 0.9M, 1.6M, 2.8M and 5.7M parameters without embeddings; "toy" tries the script out."""
-LR = {"toy": 4e-3, "xs": 6e-3, "s": 5e-3, "m": 4e-3, "l": 3.3e-3}
+"""About 0.9M, 1.6M, 2.8M and 5.7M parameters without embeddings; "nano" is for a CPU,
+"toy" tries the script out."""
+LR = {"toy": 4e-3, "nano": 8e-3, "xs": 6e-3, "s": 5e-3, "m": 4e-3, "l": 3.3e-3}
 """Base learning rate: about 4e-3 at width 256, and as 1/sqrt(width)."""
 
 SIMPLICIAL = {
@@ -57,14 +66,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "mixer": "simplicial_attention", "simplicial_k2_bias": 0.0, "simplicial_v2_bias": 0.0,
     },
     "trilinear, biases 0, 1": {"mixer": "simplicial_attention", "simplicial_k2_bias": 0.0},
-    "trilinear, scale d^-3/2": {"mixer": "simplicial_attention", "simplicial_scale": 64**-1.5},
+    "trilinear, scale d^-3/2": {"mixer": "simplicial_attention", "simplicial_scale": "d^-3/2"},
     "trilinear, no norm, scale d^-3/2": {
-        "mixer": "simplicial_attention", "simplicial_qk_norm": False, "simplicial_scale": 64**-1.5,
+        "mixer": "simplicial_attention", "simplicial_qk_norm": False, "simplicial_scale": "d^-3/2",
     },
     "determinant, no norm": {"mixer": "simplicial_attention", "simplicial_qk_norm": False} | DETERMINANT,
     "determinant, RoPE": {"mixer": "simplicial_attention"} | DETERMINANT | {"simplicial_position": "rope"},
     "determinant, v2 bias 0": {"mixer": "simplicial_attention", "simplicial_v2_bias": 0.0} | DETERMINANT,
-    "determinant, scale d^-3/2": {"mixer": "simplicial_attention", "simplicial_scale": 64**-1.5} | DETERMINANT,
+    "determinant, scale d^-3/2": {"mixer": "simplicial_attention", "simplicial_scale": "d^-3/2"} | DETERMINANT,
     "squared ReLU": {"mlp_type": "squared_relu"},
     "squared ReLU, down lr 0.1": {"mlp_type": "squared_relu", "down_lr": 0.1},
     "squared ReLU, lr x4, down lr 0.1": {"mlp_type": "squared_relu", "down_lr": 0.1, "lr_factor": 4.0},
@@ -144,8 +153,8 @@ def recipe(cell: Cell, *, vocab: int = VOCABULARY) -> Recipe:
     spec = dict(VARIANTS[cell.variant])
     shape = dict(SIZES[cell.size])
     width = shape.pop("ff")
-    base = shape | {
-        "vocab_size": vocab, "head_dim": 64, "max_position_embeddings": 2048, "mlp_type": "swiglu",
+    base = {"head_dim": 64} | shape | {
+        "vocab_size": vocab, "max_position_embeddings": 2048, "mlp_type": "swiglu",
         "intermediate_size": width, "layer_types": ["full_attention"] * shape["num_hidden_layers"],
     }  # fmt: skip
     lr = LR[cell.size] * cell.lr * spec.pop("lr_factor", 1.0)
@@ -159,6 +168,8 @@ def _changed(base: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     spec = dict(spec)
     mixer, every = spec.pop("mixer", "full_attention"), spec.pop("every", 4)
     layers = base["num_hidden_layers"]
+    if "simplicial_scale" in spec:
+        spec["simplicial_scale"] = base["head_dim"] ** -1.5
     types = [mixer if (i + 1) % every == 0 else "full_attention" for i in range(layers)]
     fields = base | (SIMPLICIAL if mixer == "simplicial_attention" else {}) | spec | {"layer_types": types}
     target = num_parameters(SidConfig(**base))
@@ -211,6 +222,16 @@ def plan(*, million: int = MILLION) -> list[Cell]:
     sparse = [cell("ablation", "s", SQUARED_RELU[-1], [seed], LENGTHS[2:3]) for seed in three]
     more = [cell("seeds", size, v, (4, 5, 6, 7), LENGTHS) for size in ("s", "xs") for v in CORE]
     return [*first, *noise, *deeper, *ablations, *rates, *sparse, *more]
+
+
+def cpu() -> list[Cell]:
+    """Ablations at nano size in rows of 256 tokens, for a CPU."""
+    names = (
+        *CORE[:4], *EVERY_2ND, "determinant (64,8)", "trilinear (64,8)", *TREATMENTS, *SQUARED_RELU[:-1], "deeper",
+        "trilinear (128,8)", "trilinear (256,16)", "determinant (32,4)",
+    )  # fmt: skip
+    short = {"lengths": (384,), "seq_len": 256}
+    return [Cell(group="ablation", size="nano", variant=v, seeds=(0, 1), **short) for v in names]
 
 
 def toy() -> list[Cell]:

@@ -39,7 +39,7 @@ def config_of(cell: Cell) -> Any:
 
 
 def models_of(cell: Cell, device: Any) -> list[Any]:
-    """A freshly drawn model for each seed, as `sid train` draws it."""
+    """A freshly drawn model for each seed."""
     import torch
 
     from sidlm.models import SidForCausalLM

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -33,13 +32,14 @@ from typing import Any
 from _faults import KINDS, Fault, Injector, free, schedule
 from kill_resume import TINY, write_corpus
 
-COUNTS = {"kill": 8, "stop": 4, "hang": 4, "slow": 4, "flip": 5, "disk": 4, "cut": 4, "reset": 3}
+COUNTS = {"kill": 8, "stop": 3, "hang": 4, "slow": 4, "flip": 5, "disk": 3, "cut": 3, "reset": 3}
 NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens", "valid")
 SETTINGS = shlex.split(
-    "--checkpoint.every 5 --checkpoint.max_failed 100 --validation.every 40 --validation.documents 4 "
-    "--checkpoint.export_every 0 --data.valid_fraction 0.05"
+    "--parallel.dp_replicate 2 --train.verify_every 1 --train.verify_recompute_every 1 --checkpoint.every 5 "
+    "--checkpoint.max_failed 100 --checkpoint.export_every 0 --validation.every 40 --validation.documents 4 "
+    "--data.valid_fraction 0.05"
 )
-SLOW_STEPS = 4
+SLOW_STEPS = 2
 FREED_AFTER = 5.0
 """Seconds until a full disk has room again"""
 
@@ -59,19 +59,18 @@ def worker(argv: list[str], faults: list[Fault], folder: str, disk: str, slow: f
     torch.set_num_threads(1)
     hardware.peak_flops = lambda device, precision: hardware.Peak(1e11, "not of interest")
     injector = Injector(faults, rank, Path(folder), Path(disk), slow, SLOW_STEPS)
-    begin, clip = Health.at, loop.clip_gradients
+    begin, compute = Health.at, loop.gradients
 
     def at(self: Health, phase: str, step: int | None = None) -> None:
         begin(self, phase, step)
         if step is not None:
             injector.at(step)
 
-    def clip_gradients(parameters: Any, *rest: Any) -> Any:
-        parameters = list(parameters)
-        injector.flip_bit(parameters)
-        return clip(parameters, *rest)
+    def gradients(model: Any, *rest: Any) -> Any:
+        with injector.flipping(model):
+            return compute(model, *rest)
 
-    Health.at, loop.clip_gradients = at, clip_gradients
+    Health.at, loop.gradients = at, gradients
     processes.HEAD_START, processes.LAST_WORDS = 0.3, 0.6
     status = main(["train", *argv])
     sys.stdout.flush()
@@ -142,8 +141,14 @@ def read_steps(folder: Path) -> list[tuple[float, int]]:
     return [(float(moment), int(step)) for moment, step in (line.split() for line in lines)]
 
 
-EXPECTED = {"kill": "killed", "stop": "hung", "hang": "hung", "cut": "network", "reset": "network"}
+EXPECTED = {
+    "kill": "killed", "stop": "hung", "hang": "hung", "cut": "network", "reset": "network", "flip": "corruption",
+}  # fmt: skip
 """Kind of fault -> kind of diagnosis"""
+
+
+LATER = {"disk": 5, "slow": SLOW_STEPS - 1}
+"""Steps after a fault's that are right too: a disk is found full when something is written next"""
 
 
 def judge(fault: Fault, struck: dict[str, Any], until: float, evidence: list[dict[str, Any]]) -> dict[str, Any]:
@@ -155,8 +160,7 @@ def judge(fault: Fault, struck: dict[str, Any], until: float, evidence: list[dic
         "detected": bool(said),
         "kind_right": best is not None,
         "rank_right": best is not None and best["ranks"] == [fault.rank],
-        # a disk is found full when something is written next
-        "step_right": best is not None and 0 <= best["step"] - struck["step"] <= (5 if fault.kind == "disk" else 0),
+        "step_right": best is not None and 0 <= best["step"] - struck["step"] <= LATER.get(fault.kind, 0),
         "collective": best and best.get("collective") and collective_name(best["collective"]),
         "seconds_to_detect": round(best["time"] - struck["time"], 2) if best else None,
         "line": best["line"] if best else "; ".join(one["line"] for one in said) or None,
@@ -168,19 +172,24 @@ def collective_name(collective: dict[str, Any]) -> str:
 
 
 def recovery(struck: dict[str, Any], until: float, steps: list[tuple[float, int]]) -> dict[str, Any]:
-    """Of steps begun [(time, step)] in the first process: how long until the step of a fault was passed, and how many
-    were done again."""
-    before = [step for moment, step in steps if moment <= struck["time"]]
-    after = [(moment, step) for moment, step in steps if struck["time"] < moment < until]
-    reached = max([struck["step"], *before[-1:]])
-    again = [step for (_, earlier), (_, step) in zip([(0.0, reached), *after], after, strict=False) if step <= earlier]
-    # the others may begin one more step after a process has failed: what counts is after the last restart
-    last = max([0, *(i for i, (one, two) in enumerate(itertools.pairwise(after), 1) if two[1] <= one[1])])
-    passed = next((moment for moment, step in after[last:] if step > reached), None)
+    """Of steps begun [(time, step)] in the first process, between a fault and the next one: how long until the fault's
+    step was passed, how many steps were begun again, and how often the run was started again."""
+    last = highest = max([step for moment, step in steps if moment <= struck["time"]], default=0)
+    repeated = restarts = 0
+    passed = None
+    for moment, step in steps:
+        if not struck["time"] < moment < until:
+            continue
+        if step <= last:
+            restarts, passed = restarts + 1, None  # the others may begin a step more after one has failed
+        repeated += step <= highest
+        if passed is None and step > struck["step"]:
+            passed = moment
+        last, highest = step, max(highest, step)
     return {
         "seconds_to_recover": round(passed - struck["time"], 2) if passed is not None else None,
-        "steps_repeated": sum(step <= reached for _, step in after),
-        "restarts": len(again),
+        "steps_repeated": repeated,
+        "restarts": restarts,
     }
 
 
@@ -222,9 +231,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", nargs="*", default=[], metavar="KIND=N", help=f"faults; all of {COUNTS}")
-    parser.add_argument("--gap", type=int, default=7, help="steps between two faults, and sometimes one or two more")
-    parser.add_argument("--watchdog", type=float, default=8.0, help="train.watchdog_seconds")
-    parser.add_argument("--slow", type=float, default=1.0, help="seconds by which a slow process is late in a step")
+    parser.add_argument("--gap", type=int, default=6, help="steps between two faults, and sometimes one or two more")
+    parser.add_argument("--watchdog", type=float, default=10.0, help="train.watchdog_seconds")
+    parser.add_argument("--slow", type=float, default=3.0, help="seconds by which a slow process is late in a step")
     parser.add_argument("--megabytes", type=int, default=24, help="size of the disk")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
@@ -236,7 +245,7 @@ def main() -> int:
 
     options = parse()
     environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    os.environ |= environment | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    os.environ |= environment | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
     multiprocessing.set_forkserver_preload(
         ["sidlm.train.loop", "sidlm.models", "sidlm.data.loader", "sidlm.evaluate", "sidlm.parallel.shard"]
     )

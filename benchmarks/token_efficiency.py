@@ -1,7 +1,7 @@
 """The study of token efficiency: many small training runs at once on one or more GPUs, or on a CPU.
 
     python benchmarks/token_efficiency.py --data FOLDER --out FOLDER [--seconds 520] [--done cells.jsonl ...]
-        [--workers 8] [--million 1048576] [--groups core noise ...] [--only NAME] [--list] [--toy]
+        [--workers 8] [--million 1048576] [--groups core noise ...] [--only NAME] [--list] [--toy] [--cpu]
 
 --data is what `python benchmarks/token_data.py` makes. Every cell (`_token_cells.py`) trains all of its seeds as one
 batched model in one of --workers processes for each GPU. OUT/cells.jsonl gets a row as soon as a seed has reached a
@@ -197,7 +197,7 @@ class Pool:
 
 
 def plan_of(args: argparse.Namespace) -> list[Cell]:
-    chosen = cells.toy() if args.toy else cells.plan(million=args.million)
+    chosen = cells.toy() if args.toy else cells.cpu() if args.cpu else cells.plan(million=args.million)
     chosen = [cell for cell in chosen if not args.groups or cell.group in args.groups]
     return [
         cell
@@ -221,6 +221,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=int, default=10_000, help="held-out rows and questions that are scored, at most")
     parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="the ablations at nano size instead")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if not args.list and not (args.data and args.out):

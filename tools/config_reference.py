@@ -20,7 +20,7 @@ import yaml
 
 from sidlm.models import SidConfig
 from sidlm.models.presets import PRESETS
-from sidlm.train.config import RunConfig
+from sidlm.train.extend import ExtendConfig
 from sidlm.train.settings import describe
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config-reference.md"
@@ -114,8 +114,8 @@ def presets() -> list[str]:
 
 def render() -> str:
     lines = [HEAD]
-    hints = typing.get_type_hints(RunConfig)
-    for field in dataclasses.fields(RunConfig):
+    hints = typing.get_type_hints(ExtendConfig)
+    for field in dataclasses.fields(ExtendConfig):  # those of a run, and `extend`
         cls = hints[field.name]
         lines += section(field.name, cls, paragraph(cls))
         if field.name == "model":

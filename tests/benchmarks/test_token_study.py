@@ -115,7 +115,7 @@ def test_seeds_together_are_what_training_computes_for_each(tmp_path):
     models = []
     for cfg, one in zip(cfgs, texts, strict=True):
         torch.manual_seed(cfg.train.seed)
-        models.append(build_model(cfg, one.tokenizer))
+        models.append(build_model(cfg, one.tokenizer, None, torch.device("cpu"), "fp32")[0])
 
     def rows(step):
         batches = [one.loader.batch(step) for one in texts]
@@ -163,3 +163,26 @@ def test_scores_of_all_seeds_are_those_of_each_alone():
     for i in (0, 1):
         assert found[i]["a"]["nll"] == pytest.approx(-logits[i].log_softmax(0)[8].item(), rel=1e-4)
         assert found[i]["a"]["tokens"] == 1 and found[i]["b"]["tokens"] == 4 and found[i]["b"]["bytes"] == 9
+
+
+def test_equal_flops_and_local_exponents_on_a_power_law():
+    import _token_compare as compare
+
+    def row(size, variant, seed, tokens, loss, cost):
+        return {
+            "size": size, "variant": variant, "seed": seed, "tokens": tokens, "loss": loss, "flops": cost * tokens,
+            "params_non_embedding": {"m": 1e6, "l": 2e6}[size],
+        }  # fmt: skip
+
+    lengths = (1_000, 2_000, 4_000)
+    rows = [row(s, "full", i, n, (9 + i) * n**-0.1, 1.0) for s in ("m", "l") for i in (0, 1) for n in lengths]
+    # the variant costs 1.5 times as much and is as good as 1.2 times the tokens
+    rows += [row("m", "a", i, n, (9 + i) * (1.2 * n) ** -0.1, 1.5) for i in (0, 1) for n in lengths]
+    found = statistics.at_equal_flops(rows, "a", "full", "m", 2_000)
+    truth = [(9 + i) * ((1.2 * 2_000) ** -0.1 - (1.5 * 2_000) ** -0.1) for i in (0, 1)]
+    assert found == pytest.approx(truth)
+    beyond = statistics.at_equal_flops(rows, "a", "full", "m", 4_000)
+    assert beyond == pytest.approx([(9 + i) * ((1.2 * 4_000) ** -0.1 - (1.5 * 4_000) ** -0.1) for i in (0, 1)])
+    slopes = compare.slopes(rows, "a", "D", "m", 1_000, 4_000, 0)
+    assert slopes == {0: pytest.approx(0.1), 1: pytest.approx(0.1)}
+    assert compare.slopes(rows, "full", "N", "m to l", 0, 0, 2_000) == {0: 0.0, 1: 0.0}

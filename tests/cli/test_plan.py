@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from sidlm.cli.main import main
+from sidlm.cli.plan import job_of
 from sidlm.train.config import load_config
+from sidlm.train.recipe import phases
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ("8b", "70b", "405b")
@@ -90,5 +92,6 @@ def test_configs_of_llama_3(name):
     assert cfg.optim.lr == {"8b": 3e-4, "70b": 1.5e-4, "405b": 8e-5}[name]
     assert cfg.optim.lr * cfg.schedule.floor == pytest.approx({"8b": 3e-6, "70b": 1.5e-6, "405b": 8e-7}[name])
     assert cfg.schedule.warmup_steps == 8000 and cfg.train.steps == 1_200_000
-    assert cfg.train.batch_size * cfg.data.seq_len == 2**24
+    assert [(p.step_tokens, p.seq_len) for p in phases(cfg)] == [(2**22, 4096), (2**23, 8192), (2**24, 8192)]
+    assert job_of(cfg, "bf16").tokens == 2**24
     assert cfg.data.train == ("embedded",) and not cfg.data.tokenizer  # no path of anybody's

@@ -13,11 +13,26 @@ from typing import NamedTuple
 
 import triton
 
+from sidlm.ops import nvrtc
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 _SPILL = re.compile(r"\b(?:STL|LDL)\b")
 _PRODUCT = re.compile(rf"\b(?:{'|'.join(MATRIX)})\b")
 _TO_SHARED = re.compile(r"\b(?:STS|STSM)\b")
+
+
+class Cubins:
+    """CUDA C++ sources by name, each compiled once, and what cuobjdump says of them with an option."""
+
+    def __init__(self, folder: Path, sources: dict[str, str]):
+        self.folder, self.sources = folder, sources
+
+    def __call__(self, name: str, option: str) -> str:
+        file = self.folder / f"{name}.cubin"
+        if not file.exists():
+            file.write_bytes(nvrtc.compiled(self.sources[name]))
+        return subprocess.run([TOOLS / "cuobjdump", option, file], capture_output=True, text=True, check=True).stdout
 
 
 class Block(NamedTuple):

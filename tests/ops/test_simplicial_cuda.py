@@ -79,8 +79,8 @@ CASES = [
 def test_error_against_float64(impl, geometry, dtype, form):
     """At most one and a half times the error of torch's own products in that dtype (the eager form).
 
-    In float32 four times: three TF32 products leave out that of the two low parts, 2^-22 of the whole, which shows where
-    little but the difference of two equal sums is left (one visible pair: dS = dP - delta).
+    In float32 four times: three TF32 products leave out that of the two low parts, 2^-22 of the whole, which shows
+    where little but the difference of two equal sums is left (one visible pair: dS = dP - delta).
     """
     _usable(impl, dtype)
     xs, ids, grads = _inputs(geometry, dtype)

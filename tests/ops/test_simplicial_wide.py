@@ -5,9 +5,6 @@ What they compute is tested on one (test_simplicial_cuda.py): nothing here emula
 
 import itertools
 import re
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
-from sidlm.ops import nvrtc
+from ops.sass import Cubins
 from sidlm.ops.simplicial import hopper_wide, prepare
 from sidlm.ops.simplicial.hopper_wide import Variant
 
@@ -36,16 +33,7 @@ SHARED = 227 << 10  # of a block on sm_90
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cubin")
-    program = Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
-
-    def run(name, option):
-        file = folder / f"{name}.cubin"
-        if not file.exists():
-            file.write_bytes(nvrtc.compiled(VARIANTS[name].source))
-        return subprocess.run([program, option, file], capture_output=True, text=True, check=True).stdout
-
-    return run
+    return Cubins(tmp_path_factory.mktemp("cubin"), {name: v.source for name, v in VARIANTS.items()})
 
 
 @pytest.mark.parametrize("name", VARIANTS)

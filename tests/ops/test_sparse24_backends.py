@@ -157,7 +157,7 @@ def test_crossover_is_that_of_the_nearest_features(monkeypatch):
     assert [crossover.nearest("A", True, f) for f in (4096, 16384, 30000)] == [rows[0], rows[0], rows[1]]
     assert crossover.nearest("A", False, 43008) == rows[2]
     for asked in (("A", True, 4095), ("B", True, 8192)):
-        assert crossover.nearest(*asked)[4:] == (crossover.ASSUMED,) * 3
+        assert crossover.nearest(*asked)[4:] == (crossover.ASSUMED, crossover.ASSUMED_STEP, crossover.ASSUMED_STEP)
 
 
 def test_entries_of_the_crossover_table_are_whole():
@@ -516,6 +516,7 @@ def test_op_over_cusparselt_is_eager_s(library, monkeypatch, tokens, features):
         backends.BACKENDS, "cusparselt", backends.BACKENDS["cusparselt"]._replace(why_not=lambda device, dtype: None)
     )
     monkeypatch.setattr(crossover, "ASSUMED", 0)
+    monkeypatch.setattr(crossover, "ASSUMED_STEP", 0)
     monkeypatch.setitem(
         api.IMPLEMENTATIONS, "triton", api.IMPLEMENTATIONS["triton"]._replace(why_not=lambda device, dtype: None)
     )

@@ -290,9 +290,11 @@ def test_in_a_graph(precision, device, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_is_kept_is_small(precision, device):
+def test_what_is_kept_is_small(precision, device, monkeypatch):
     """(0.5 + 0.125) bytes an element of (T, F) in fp8, 1.125 in 16 bits, and the operands."""
     tokens, features, d = 4096, 8192, 256
+    op, dtype = ("sparse24_product_fp8", FP8) if precision == "fp8" else ("sparse24_product", BF16)
+    monkeypatch.setenv("SID_IMPL", f"{op}={backends.choose(device, dtype, 1 << 20, features)}")
     inputs, _ = layer(tokens, features, d, d, device)
     with torch.no_grad():
         squared_relu_ffn(*inputs, sparsity="2:4", precision=precision, impl="triton")

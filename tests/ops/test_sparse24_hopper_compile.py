@@ -1,15 +1,13 @@
 """The CUDA kernel for products of packed operands compiles for sm_90a, fits it and uses its sparse tensor cores."""
 
 import re
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
+from ops.sass import Cubins
 from sidlm.ops import nvrtc
 from sidlm.ops.sparse24.hopper_product import FEW, PACKING, SHAPES, Variant
 
@@ -36,16 +34,7 @@ STACK = 16  # bytes of a thread that may be spilled: of the largest tile, where 
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cubin")
-    program = Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
-
-    def run(name, option):
-        file = folder / f"{name}.cubin"
-        if not file.exists():
-            file.write_bytes(nvrtc.compiled(VARIANTS[name].source))
-        return subprocess.run([program, option, file], capture_output=True, text=True, check=True).stdout
-
-    return run
+    return Cubins(tmp_path_factory.mktemp("cubin"), {name: v.source for name, v in VARIANTS.items()})
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -242,6 +242,37 @@ def test_what_is_kept_has_the_shapes_that_were_said(here, crossovers):
         assert counts.shape == (128,) and totals.shape == (2,)
 
 
+def gradients_of(op, given, compiled=lambda function: function):
+    """Nothing but the operator, for which inductor writes no C++."""
+    function, (inputs, grad) = compiled(lambda *xs: op(*xs, sparsity="2:4", impl="triton")), given
+    return function, torch.autograd.grad(function(*inputs), inputs, grad)
+
+
+def test_a_graph_on_disk_is_of_one_choice_of_packed_or_not(here, unchecked, tmp_path):
+    """Inductor's cache outlives a process; what is kept has other shapes where crossovers or SID_IMPL say so."""
+    from torch._inductor.utils import fresh_cache
+
+    op, given = unchecked(squared_relu_ffn), layer(37, 128)
+    with fresh_cache(dir=str(tmp_path)):
+        for crossovers in ((0, 1 << 62), (1 << 62, 1 << 62)):
+            here(*crossovers)
+            torch.compiler.reset()
+            _, expected = gradients_of(op, given)
+            _, found = gradients_of(op, given, torch.compile)
+            for mine, other in zip(found, expected, strict=True):
+                assert torch.equal(mine, other)
+
+
+def test_a_call_that_was_compiled_for_another_choice_says_so(here, unchecked):
+    op, given = unchecked(squared_relu_ffn), layer(37, 128)
+    torch.compiler.reset()
+    here(0, 1 << 62)
+    compiled, _ = gradients_of(op, given, lambda function: torch.compile(function, backend="aot_eager"))
+    here(1 << 62, 1 << 62)
+    with pytest.raises(RuntimeError, match="compile it again"):
+        compiled(*given[0])
+
+
 def test_without_statistics_and_gradients_nothing_is_counted(here):
     here(100, 100)
     inputs, _ = layer(37, 128)

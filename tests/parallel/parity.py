@@ -1,10 +1,11 @@
-"""Every plan against one process, in float64, in four gloo processes: FOLDER [more | eight]. test_parity.py starts it.
+"""Every plan against one process, in float64, in gloo processes: FOLDER [SET of cases]. test_parity.py starts it.
 
 Plans over two processes run as two copies. Results are relative errors by case and tensor.
 """
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": MIXED, "simplicial_form": "determinant", "simplicial_position": "rotation",
         "simplicial_k2_bias": 0.0,
     },
+    "sliding": {"layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2},
+    "simplicial": {"layer_types": ["simplicial_attention"] * 2, "mlp_type": "squared_relu", "num_hidden_layers": 2},
     "experts": {"layer_types": ["full_attention"] * 2, "num_local_experts": 4, "num_hidden_layers": 2},
+    "routed": {"layer_types": MIXED, "mlp_type": "squared_relu", "num_local_experts": 4, "num_shared_experts": 1},
     # the features that stay dense are chosen by each process among its own, so none here
     "sparse": {"layer_types": MIXED, "mlp_type": "squared_relu", "mlp_sparsity": "2:4", "mlp_dense_features": 0.0},
 }  # fmt: skip
@@ -88,7 +92,7 @@ def train(
 
     Of pipeline stages only what this process holds.
     """
-    optimizer = make_optimizer(model, OptimConfig(lr=0.01, clip_norm=0.5))
+    optimizer = make_optimizer(model, OptimConfig(lr=0.01, clip_norm=0.5), mesh)
     found: dict[str, Tensor] = {}
     for step in range(2):
         rows = {name: x.chunk(share[1])[share[0]] for name, x in batch(step).items()}
@@ -158,19 +162,26 @@ def from_meta(name: str, sizes: dict[str, int]) -> dict[str, Tensor]:
     return train(model, batch_share(mesh), mesh, pipeline)
 
 
-def half_precision() -> dict[str, tuple[float, float]]:
+HALF = {
+    "tp2 x fsdp2 trilinear": ("trilinear", {"tp": 2}, {}),
+    "pp2 x fsdp2 trilinear": ("trilinear", {"pp": 2}, {}),
+    "ep2 x pp2 experts": ("experts", {"pp": 2}, {"ep": 2}),
+}
+
+
+def half_precision(case: str) -> dict[str, tuple[float, float]]:
     """Relative errors of a step in bf16 over float32 weights, and of torch's own in one process, by tensor."""
-    sizes, name = {"tp": 2}, "trilinear"
+    name, sizes, settings = HALF[case]
     mesh = build_mesh(ParallelConfig(**sizes), "cpu")
     model = build(name).float()
-    parallelize(model, mesh, ShardConfig(precision="bf16"))
+    pipeline = parallelize(model, mesh, ShardConfig(precision="bf16", **settings))
     own = train(build(name).bfloat16(), (0, 1), None)
-    found = train(model, batch_share(mesh), mesh)
+    found = train(model, batch_share(mesh), mesh, pipeline)
     assert {x.dtype for x in found.values()} == {torch.float32}
     return {
-        key: (relative(found[key], x), relative(own[key], x))
+        f"{case}: {key}": (relative(found[key], x), relative(own[key], x))
         for key, x in alone(name).items()
-        if not key.startswith("weight")
+        if not key.startswith("weight") and key in found
     }
 
 
@@ -218,8 +229,41 @@ CASES = {
     "pp2 x tp2 trilinear": lambda: staged("trilinear", {"pp": 2, "tp": 2}),
     "pp4 determinant, gpipe": lambda: staged("determinant", {"pp": 4}, schedule="gpipe"),
     "ep2 x fsdp2 experts": lambda: planned("experts", {}, ep=2),
+    "tp4 sparse, compiled": lambda: compiled("sparse", {"tp": 4}),
+    "ep2 x pp2 experts, compiled": lambda: compiled("experts", {"pp": 2}, ep=2),
+}
+TWO = {
+    "replicate2 llama": lambda: planned("llama", {"dp_replicate": 2}),
+    "replicate2 trilinear": lambda: planned("trilinear", {"dp_replicate": 2}),
+    "fsdp2 llama": lambda: planned("llama", {}),
+    "fsdp2 determinant": lambda: planned("determinant", {}),
+    "tp2 llama": lambda: planned("llama", {"tp": 2}),
+    "tp2 trilinear": lambda: planned("trilinear", {"tp": 2}),
+    "cp2 llama": lambda: planned("llama", {"cp": 2}),
+    "cp2 sliding": lambda: planned("sliding", {"cp": 2}),
+    "cp2 simplicial": lambda: planned("simplicial", {"cp": 2}),
+    "pp2 llama, 1f1b": lambda: staged("llama", {"pp": 2}),
+    "pp2 trilinear, 1f1b": lambda: staged("trilinear", {"pp": 2}),
+    "pp2 llama, gpipe": lambda: staged("llama", {"pp": 2}, schedule="gpipe"),
+    "pp2 trilinear, interleaved": lambda: staged("trilinear", {"pp": 2}, virtual_stages=2),
+    "ep2 experts": lambda: planned("experts", {}, ep=2),
+    "ep2 routed": lambda: planned("routed", {}, ep=2),
 }
 MORE = {
+    "replicate4 llama": lambda: planned("llama", {"dp_replicate": 4}),
+    "replicate4 trilinear": lambda: planned("trilinear", {"dp_replicate": 4}),
+    "hsdp 2x2 llama": lambda: planned("llama", {"dp_replicate": 2}),
+    "cp4 sliding": lambda: planned("sliding", {"cp": 4}),
+    "cp4 simplicial": lambda: planned("simplicial", {"cp": 4}),
+    "pp2 x fsdp2 trilinear, interleaved": lambda: staged("trilinear", {"pp": 2}, virtual_stages=2),
+    "pp2 x fsdp2 determinant, breadth first": lambda: staged("determinant", {"pp": 2}, virtual_stages=2, contiguous=2),
+    "ep2 x fsdp2 routed": lambda: planned("routed", {}, ep=2),
+    "ep2 x pp2 routed": lambda: planned("routed", {"pp": 2}, ep=2),
+    "pp2 x fsdp2 determinant, compiled": lambda: compiled("determinant", {"pp": 2}),
+    "pp2 x tp2 trilinear, compiled and recomputed": lambda: compiled(
+        "trilinear", {"pp": 2, "tp": 2}, recompute="blocks"
+    ),
+    "ep4 experts, compiled": lambda: compiled("experts", {}, ep=4),
     "ep4 experts": lambda: planned("experts", {}, ep=4),
     "ep2 x replicate2 experts": lambda: planned("experts", {"dp_replicate": 2}, ep=2),
     "ep2 x pp2 experts": lambda: planned("experts", {"pp": 2}, ep=2),
@@ -269,12 +313,17 @@ EIGHT = {
     "tp2 x fsdp2 x replicate2 tied": lambda: planned("tied", {"tp": 2, "dp_replicate": 2}),
     "cp2 x fsdp2 x replicate2 trilinear": lambda: planned("trilinear", {"cp": 2, "dp_replicate": 2}),
 }
-SETS = {"more": MORE, "eight": EIGHT}
+SETS = {"two": (TWO, 2), "four": (CASES, RANKS), "more": (MORE, RANKS), "eight": (EIGHT, 8)}
+"""Name -> cases, and the number of processes"""
+
+
+def chosen() -> str:
+    return sys.argv[2] if sys.argv[2:] else "four"
 
 
 def main(rank: int, folder: Path) -> None:
     errors: dict[str, dict[str, float]] = {}
-    cases = SETS[sys.argv[2]] if sys.argv[2:] else CASES
+    cases, _ = SETS[chosen()]
     for case, compute in cases.items():
         found = compute()
         expected = alone(next(name for name in MODELS if name in case))
@@ -285,7 +334,7 @@ def main(rank: int, folder: Path) -> None:
     half = {}
     if cases is CASES:
         errors |= {f"loss of {rows} rows": loss_of_rows(rows) for rows in (131, 5)}
-        half = half_precision()
+        half = {name: errors for case in HALF for name, errors in half_precision(case).items()}
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, (errors, half))
     if rank == 0:
@@ -304,4 +353,4 @@ def main(rank: int, folder: Path) -> None:
 if __name__ == "__main__":
     for model in MODELS:
         alone(model)  # before the fork, so that it is done once
-    sys.exit(run(main, 8 if sys.argv[2:] == ["eight"] else RANKS, Path(sys.argv[1]), seconds=280.0))
+    sys.exit(run(main, SETS[chosen()][1], Path(sys.argv[1]), seconds=float(os.environ.get("SECONDS", 280))))

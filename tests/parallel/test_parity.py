@@ -1,4 +1,4 @@
-"""Tensor, context and data parallelism and their mixes over four gloo processes, against one process."""
+"""Every kind of parallelism and their mixes over two, four and eight gloo processes, against one process."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
 
 
 def test_loss_gradients_norm_and_weights_after_two_steps_are_those_of_one_process(results):
-    assert len(results["errors"]) == 19
+    assert len(results["errors"]) == 21
     for case, errors in results["errors"].items():
         for name, error in errors.items():
             assert error <= TOLERANCE, f"{case}: {name}"
@@ -38,12 +38,12 @@ def test_half_precision_is_as_good_as_torch_alone(results):
     for errors in results["half"]:
         for name, (error, own) in errors.items():
             # the loss and the norm are single numbers, whose own error may be small by chance
-            assert error <= (2 * own if name.startswith("grad") else 2**-7), name
+            assert error <= (2 * own if ": grad" in name else 2**-7), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", ["more", "eight"])
-def test_other_mixes_compiled_blocks_and_eight_processes(tmp_path, cases):
+@pytest.mark.parametrize("cases", ["two", "more", "eight"])
+def test_two_and_eight_processes_and_other_mixes(tmp_path, cases):
     for case, errors in results_of(tmp_path, cases)["errors"].items():
         for name, error in errors.items():
             assert error <= TOLERANCE, f"{case}: {name}"

@@ -232,9 +232,9 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, argv, config, poiso
     real = loop.make_optimizer
     live = {}
 
-    def make(model, cfg):
+    def make(model, *more):
         live.update(model.state_dict())
-        return real(model, cfg)
+        return real(model, *more)
 
     loop.make_optimizer = make
     try:

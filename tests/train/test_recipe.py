@@ -133,7 +133,7 @@ def test_the_exported_model_is_the_mean(tmp_path, argv, sources, whole):
     """Of the weights after every second step of the annealing, sampled by hand."""
     live, seen = {}, {}
     real = loop.make_optimizer
-    loop.make_optimizer = lambda model, cfg: live.update(model.named_parameters()) or real(model, cfg)
+    loop.make_optimizer = lambda model, *more: live.update(model.named_parameters()) or real(model, *more)
     try:
         loop.train(
             load_config(None, argv(tmp_path / "run", **changes(sources))),

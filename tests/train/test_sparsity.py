@@ -162,7 +162,7 @@ def run(compiled):
         model.zero_grad()
         model(tokens, shift_labels=tokens).loss.backward()
         found.append([p.grad.clone() for p in model.parameters()])
-        found.append(sparsity.measured(layers))
+        found.append(sparsity.measured(model, layers, Processes()))
         if compiled:
             torch._dynamo.config.error_on_recompile = True
     return found

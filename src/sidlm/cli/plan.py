@@ -27,9 +27,12 @@ def main(argv: list[str]) -> int:
     strays = [word for word in settings if word.startswith("-") and "." not in word]
     if strays:
         parser.parse_args(argv)  # names the nearest option
-    from sidlm.train.config import load_config
+    from sidlm.train.config import RunConfig, load_config
+    from sidlm.train.settings import argv_settings
 
     cfg = load_config(args.config, settings)
+    if {"data.seq_len", "train.batch_size"} & {key for key, *_ in argv_settings(RunConfig, settings)}:
+        cfg = replace(cfg, recipe=replace(cfg.recipe, batch=()))  # rows that are given are the ones to plan
 
     from sidlm.parallel.hardware import load_hardware
     from sidlm.parallel.search import search
@@ -83,9 +86,10 @@ def _parser() -> Parser:
 
 
 def job_of(cfg: RunConfig, precision: str) -> Job:
-    """The model and the batches of a run. Raises SidError for a model that there is not."""
+    """The model and the batches of a run, of several sizes the last. Raises SidError for a model that there is not."""
     from sidlm.models import preset
     from sidlm.parallel.layout import Job
+    from sidlm.train.recipe import phases
 
     if cfg.model.init_from:
         from sidlm.models.convert.source import read_config
@@ -103,7 +107,8 @@ def job_of(cfg: RunConfig, precision: str) -> Job:
             config = preset(cfg.model.preset, arch=cfg.model.arch, **settings)
         except (ValueError, TypeError) as error:
             raise SidError(f"model: {' '.join(str(error).split())}") from error
-    return Job(config=config, seq_len=cfg.data.seq_len, batch=cfg.train.batch_size, precision=precision)
+    last = phases(cfg)[-1]
+    return Job(config=config, seq_len=last.seq_len, batch=last.batch_size, precision=precision)
 
 
 def mesh_of(text: str, gpus: int) -> Layout:

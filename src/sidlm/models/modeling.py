@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from sidlm import ops
 from sidlm.models.cache import check_cache, readable
 from sidlm.models.config import SidConfig
+from sidlm.models.initial import own_distributions
 from sidlm.models.loading import own_memory
 from sidlm.nn.attention import Attention
 from sidlm.nn.block import Block
@@ -109,25 +110,14 @@ class SidPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal(initializer_range); what feeds the residual stream divided by sqrt(2 * layers); norms one.
-
-        An embedding that is not the output head too starts at unit scale, the scale at which the blocks see it after
-        their norm: small models leave the entropy of single tokens much sooner (docs/LOG.md).
-        """
-        std = self.config.initializer_range
-        assert std is not None  # filled in by SidConfig
-        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
-        if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=std if self.config.tie_word_embeddings else 1.0)
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=residual_std if getattr(module, "to_residual", False) else std)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, MoEFeedForward):
-            for weight in (module.up_proj, module.gate_proj):
-                if weight is not None:
-                    init.normal_(weight, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=residual_std)
+        """See `own_distributions`; buffers are zero."""
+        for name, (mean, std) in own_distributions(module, self.config).items():
+            weight = getattr(module, name)
+            if std:
+                init.normal_(weight, mean=mean, std=std)
+            else:
+                init.constant_(weight, mean)
+        if isinstance(module, MoEFeedForward):
             init.zeros_(module.balance_bias)
             init.zeros_(module.expert_counts)
 

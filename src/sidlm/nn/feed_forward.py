@@ -1,5 +1,7 @@
 """Dense feed-forward layers."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,9 +114,10 @@ def plain_weight(layer: nn.Module, name: str) -> Tensor:
             f"{name} is a {type(layer).__name__}{bias}: a sparse or low-precision feed-forward layer takes "
             "nn.Linear layers without bias, whose weights it multiplies itself"
         )
-    # a DTensor is known by this method: importing torch's class of it would make every start slower
-    to_local = getattr(layer.weight, "to_local", None)
-    return layer.weight if to_local is None else to_local()
+    # a DTensor is known by this method: importing torch's class of it would make every start slower. Of the type, since
+    # a compiled block finds no method of the tensor itself (torch 2.13)
+    weight: Any = layer.weight
+    return weight.to_local() if hasattr(type(weight), "to_local") else weight
 
 
 FEED_FORWARDS = {"swiglu": SwiGLUFeedForward, "squared_relu": SquaredReLUFeedForward}

@@ -25,6 +25,12 @@ def why_not(device: torch.device, capability: tuple[int, int]) -> str | None:
     return None if importlib.util.find_spec("cuda.bindings") else "needs the package cuda-bindings"
 
 
+def assembled(constants: dict[str, Any], *parts: str) -> str:
+    """A source for Hopper: the constants as macros, in capitals; what its kernels share (hopper.cuh); its own parts."""
+    defines = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in constants.items())
+    return "\n".join([defines, Path(__file__).with_name("hopper.cuh").read_text(encoding="utf-8"), *parts])
+
+
 def compiled(source: str, arch: str = "sm_90a") -> bytes:
     """The machine code (cubin) of a source; RuntimeError with the compiler's words if there is none."""
     from cuda.bindings import nvrtc  # pyright: ignore

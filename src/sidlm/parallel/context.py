@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from sidlm.errors import SidError
 from sidlm.models.config import SidConfig
 from sidlm.parallel.chunks import chunk_length, chunks_of, cut, cut_documents, halo_length, join
 from sidlm.parallel.exchange import fetch_halo, gather_before, gather_rows
@@ -122,13 +123,30 @@ def context_parallel(config: SidConfig, mesh: DeviceMesh | ProcessGroup) -> Cont
     if isinstance(mesh, DeviceMesh) and mesh.ndim != 1:
         raise ValueError(f"context parallelism takes one dimension of a mesh, got {mesh.ndim}: {mesh.mesh_dim_names}")
     group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
+    windows = tuple(_windows(config, layer_type) for layer_type in config.layer_types or ())
+    return ContextParallel(rank=group.rank(), ranks=group.size(), group=group.group_name, windows=windows)
+
+
+def _windows(config: SidConfig, layer_type: str) -> tuple[int, ...] | None:
+    """The windows of a layer's keys, one for each pair that it exchanges; None if it sees everything."""
     kinds = {
         "full_attention": None,
         "sliding_attention": (config.sliding_window,),
         "simplicial_attention": tuple(config.simplicial_window),
     }
-    windows = tuple(kinds[layer_type] for layer_type in config.layer_types or ())
-    return ContextParallel(rank=group.rank(), ranks=group.size(), group=group.group_name, windows=windows)
+    return kinds[layer_type]
+
+
+def check_halo(config: SidConfig, length: int, cp: int) -> None:
+    """Raise SidError, naming the numbers, where rows of `length` tokens are shorter than the halo of some layer: split
+    over `cp` processes each of them would fetch whole rows for it."""
+    for layer_type in sorted(set(config.layer_types or ())):
+        windows = _windows(config, layer_type)
+        if windows is not None and length < max(windows) - 1:
+            raise SidError(
+                f"parallel.cp {cp}: rows of {length} tokens are shorter than the halo of {max(windows) - 1} positions "
+                f"of {layer_type} (windows {', '.join(map(str, windows))}): lower the window or parallel.cp"
+            )
 
 
 def _pair(k: Tensor, v: Tensor) -> Tensor:

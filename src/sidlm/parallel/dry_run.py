@@ -24,6 +24,7 @@ def fake_processes(count: int, rank: int = 0) -> Iterator[None]:
 
     Raises SidError inside of a real process group.
     """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if distributed.is_initialized():
@@ -33,6 +34,7 @@ def fake_processes(count: int, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+        _clear_sharding_prop_cache()  # DTensor would take the next group's mesh for this one, also of another rank
 
 
 def smallest(config: SidConfig) -> SidConfig:

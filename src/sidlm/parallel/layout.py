@@ -1,8 +1,8 @@
-"""How a planned run is spread over GPUs: sizes of the mesh, pipeline stages, and the order of their work.
+"""How a planned run is spread over GPUs: sizes of the mesh, and what pipeline stages hold.
 
-Pipeline schedules are Llama 3's (arXiv 2407.21783, section 3.3.2): each rank holds `virtual` stages, rank r those of
-numbers r, r + pp, ...; with one it is 1F1B. Embedding and head count as one layer each when layers are dealt out, so
-that the first and the last rank have one layer fewer.
+Pipelines are Llama 3's (arXiv 2407.21783, section 3.3.2, see schedule.py): 1F1B, interleaved with several `virtual`
+stages of a rank. Embedding and head count as one layer each when layers are dealt out, so that the first and the last
+rank have one layer fewer.
 """
 
 from __future__ import annotations
@@ -118,25 +118,6 @@ def _stages(layer_types: tuple[str, ...], count: int) -> tuple[tuple[str, ...], 
     parts[0].insert(0, EMBEDDING)
     parts[-1].append(HEAD)
     return tuple(map(tuple, parts))
-
-
-@cache
-def order(pp: int, virtual: int, micro_batches: int, rank: int) -> tuple[tuple[str, int], ...]:
-    """What a rank does, one after the other: ("F" or "B", which of its stages).
-
-    1F1B, interleaved where virtual > 1: rounds of pp micro-batches, some longer by one where they do not divide, go
-    through the rank's first stage, then through the next (Narayanan et al. 2021, section 2.2).
-    """
-    count = max(1, micro_batches // pp)
-    rounds = [(i + 1) * micro_batches // count - i * micro_batches // count for i in range(count)]
-    forward = [stage for size in rounds for stage in range(virtual) for _ in range(size)]
-    backward = [virtual - 1 - stage for stage in forward]
-    ahead = (1 if virtual == 1 else 2) * (pp - rank - 1) + (virtual - 1) * max(rounds)
-    ahead = min(ahead, len(forward))
-    steps = [("F", stage) for stage in forward[:ahead]]
-    for there, back in zip(forward[ahead:], backward, strict=False):
-        steps += [("F", there), ("B", back)]
-    return (*steps, *(("B", stage) for stage in backward[len(forward) - ahead :]))
 
 
 def bubble(layout: Layout, job: Job) -> float:

@@ -10,7 +10,8 @@ import math
 from typing import NamedTuple
 
 from sidlm.models.config import SidConfig
-from sidlm.parallel.layout import EMBEDDING, HEAD, Job, Layout, order, stages
+from sidlm.parallel.layout import EMBEDDING, HEAD, Job, Layout, stages
+from sidlm.parallel.schedule import queues
 
 FLOAT32 = 4
 LOGITS_AT_ONCE = 1 << 28
@@ -238,13 +239,16 @@ def _weights_at_work(job: Job, layout: Layout, found: Sizes, item: int) -> tuple
 
 
 def activations(job: Job, layout: Layout, rank: int) -> int:
-    """Bytes kept at the fullest moment of a step by a pipeline rank: walks through what it does."""
+    """Bytes kept at the fullest moment of a step by a pipeline rank, which keeps as many passes as it may."""
     costs = [sum(kept_of(job, layout, unit) for unit in stage) for stage in units_of_rank(job.config, layout, rank)]
     live = peak = 0
     passes = layout.micro_batches(job)
     few = min(passes, 3 * layout.pp + passes % layout.pp)  # after three rounds it repeats itself
-    for what, stage in order(layout.pp, layout.virtual, few, rank):
-        live += costs[stage] if what == "F" else -costs[stage]
+    forwards, backwards, limits = queues(layout.pp, layout.virtual, few)
+    for done, (stage, _) in enumerate(forwards):
+        if done >= limits[rank]:
+            live -= costs[backwards[done - limits[rank]][0]]
+        live += costs[stage]
         peak = max(peak, live)
     return peak
 

@@ -88,6 +88,11 @@ def tokens_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens")
 
 
+def stage_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The processes that hold the same layers, or parts of them, as one dimension: all but for pp."""
+    return mesh["dp_replicate", "dp_shard", "cp", "tp"]._flatten("stage")
+
+
 @torch.no_grad()
 def send_to_first(part: Tensor | None, into: Tensor | None, stage: int, mesh: DeviceMesh) -> None:
     """Copy a tensor that the processes of one pipeline stage share to the first process of all.

@@ -8,6 +8,7 @@ N = M (all of a batch) the breadth-first one. M may be any number. Imports no to
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import NamedTuple
 
 from sidlm.errors import SidError
@@ -54,6 +55,32 @@ def stage_layers(layers: int, stages: int, end_layers: int) -> list[range]:
     return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
+class Queues(NamedTuple):
+    """The passes of any process, as (which of its stages, micro-batch): all do theirs in these two orders."""
+
+    forwards: list[tuple[int, int]]
+    backwards: list[tuple[int, int]]
+    limits: list[int]
+    """of each process: the most micro-batches, counted once for each of its stages, that it may hold"""
+
+
+@cache
+def queues(
+    processes: int, virtual_stages: int, micro_batches: int, *, contiguous: int = 0, forwards_first: bool = False
+) -> Queues:
+    """What `make_schedule` chooses from, and all that the memory of a planned run depends on."""
+    # rounds of N; what does not divide makes some of them longer by one, since a short one would leave a bubble
+    count = max(1, micro_batches // (contiguous or processes))
+    rounds = [range(i * micro_batches // count, (i + 1) * micro_batches // count) for i in range(count)]
+    together = max(len(part) for part in rounds)
+    forwards = [(v, m) for part in rounds for v in range(virtual_stages) for m in part]
+    backwards = [(v, m) for part in rounds for v in reversed(range(virtual_stages)) for m in part]
+    # a process may hold what has to be on its way before its first backward pass can be done, and no more
+    ahead = [(virtual_stages - 1) * together + _warm_up(r, processes, virtual_stages) + 1 for r in range(processes)]
+    limits = [len(forwards) if forwards_first else min(n, len(forwards)) for n in ahead]
+    return Queues(forwards, backwards, limits)
+
+
 def make_schedule(
     processes: int, virtual_stages: int, micro_batches: int, *, contiguous: int = 0, forwards_first: bool = False
 ) -> Schedule:
@@ -62,17 +89,10 @@ def make_schedule(
     contiguous: N, 0 for `processes`. forwards_first: all forward passes before the first backward one (GPipe), instead
     of a backward pass as soon as one can be done (1F1B).
     """
-    # rounds of N; what does not divide makes some of them longer by one, since a short one would leave a bubble
-    count = max(1, micro_batches // (contiguous or processes))
-    rounds = [range(i * micro_batches // count, (i + 1) * micro_batches // count) for i in range(count)]
-    together = max(len(part) for part in rounds)
-    forwards = [(v, m) for part in rounds for v in range(virtual_stages) for m in part]
-    backwards = [(v, m) for part in rounds for v in reversed(range(virtual_stages)) for m in part]
+    forwards, backwards, limits = queues(
+        processes, virtual_stages, micro_batches, contiguous=contiguous, forwards_first=forwards_first
+    )
     stages = processes * virtual_stages
-    # a process may hold what has to be on its way before its first backward pass can be done, and no more
-    ahead = [(virtual_stages - 1) * together + _warm_up(r, processes, virtual_stages) + 1 for r in range(processes)]
-    limits = [len(forwards) if forwards_first else min(n, len(forwards)) for n in ahead]
-
     orders: list[list[Action]] = [[] for _ in range(processes)]
     free = [0] * processes
     counts = [[0, 0] for _ in range(processes)]  # forward and backward passes done

@@ -77,27 +77,53 @@ def choose_documents(documents: Sequence[Any], count: int, characters: int) -> l
 
 
 def build_model(
-    cfg: RunConfig, tokenizer: Tokenizer, *, device: torch.device | str = "cpu", resumed: bool = False
-) -> SidForCausalLM:
-    """The fp32 model of a run: a freshly initialised one of the preset for the tokenizer's vocabulary, or init_from's.
+    cfg: RunConfig, tokenizer: Tokenizer, mesh: DeviceMesh | None, device: torch.device, precision: str, *,
+    resumed: bool = False,
+) -> tuple[SidForCausalLM, Pipeline | None]:  # fmt: skip
+    """The fp32 model of a run, spread over the mesh, and what runs it in stages if there are any.
 
-    device: where a fresh one is drawn; a GPU draws billions of random numbers in seconds.
-    resumed: the weights come from a checkpoint of the run, so those of init_from are not read.
+    It is built on the meta device: a process never holds more of the weights than its parts (materialize.py).
+    Fresh weights of the preset are a function of train.seed, the same on any mesh; else they are init_from's.
+    resumed: they come from a checkpoint of the run, and are undefined here.
     Raises SidError for an unknown preset or field (naming the nearest) and for values that do not fit together.
     """
-    if cfg.model.init_from:
-        return _start_model(cfg, tokenizer, read_weights=not resumed)
-    from sidlm.models import SidForCausalLM, preset
+    from sidlm.models import SidForCausalLM
+    from sidlm.models.convert.source import SafetensorsCheckpoint, read_config
+    from sidlm.models.initial import distributions
+    from sidlm.parallel.context import check_halo
+    from sidlm.parallel.materialize import allocate, draw_weights, read_weights
+
+    start = start_folder(cfg.model.init_from) if cfg.model.init_from else None
+    config = _fresh(cfg, tokenizer) if start is None else read_config(start, cfg.model.overrides)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise SidError(f"model vocab_size={config.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens")
+    # before any memory: what is missing or has another shape must not start at random
+    checkpoint = SafetensorsCheckpoint(start, cfg.model.overrides) if start is not None and not resumed else None
+    if cfg.parallel.cp > 1:
+        check_halo(config, min(phase.seq_len for phase in phases(cfg)), cfg.parallel.cp)
+    with torch.device("meta"):
+        model = SidForCausalLM(config).float().train()
+    fresh = distributions(model, config)  # before layers are exchanged and stages lose theirs
+    pipeline = spread(model, cfg, mesh, device, precision)
+    allocate([model] if pipeline is None else pipeline.stages, device)
+    if checkpoint is not None:
+        read_weights(model, checkpoint)
+    elif not resumed:
+        draw_weights(model, fresh, cfg.train.seed)
+    if start is not None:
+        _generate_alike(model, start)
+    return model, pipeline
+
+
+def _fresh(cfg: RunConfig, tokenizer: Tokenizer) -> SidConfig:
+    from sidlm.models import preset
 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     settings = {"vocab_size": tokenizer.vocab_size, **ids, **cfg.model.overrides}
     try:
-        config = preset(cfg.model.preset, arch=cfg.model.arch, **settings)
+        return preset(cfg.model.preset, arch=cfg.model.arch, **settings)
     except (ValueError, TypeError) as error:
         raise SidError(f"model: {' '.join(str(error).split())}") from error
-    _check_vocabulary(config, tokenizer)
-    with torch.device(device):
-        return SidForCausalLM(config).float()
 
 
 def start_folder(path: str) -> Path:
@@ -108,26 +134,12 @@ def start_folder(path: str) -> Path:
     raise SidError(f"model.init_from: no config.json in {path} nor in {Path(path) / 'model'}")
 
 
-def _start_model(cfg: RunConfig, tokenizer: Tokenizer, *, read_weights: bool) -> SidForCausalLM:
-    from transformers.utils import logging
+def _generate_alike(model: SidForCausalLM, folder: Path) -> None:
+    """Take over how the model in a folder is to be sampled, which is exported with the weights."""
+    from transformers import GenerationConfig
 
-    from sidlm.models import SidForCausalLM
-    from sidlm.models.convert.source import SafetensorsCheckpoint, read_config
-
-    folder = start_folder(cfg.model.init_from)
-    config = read_config(folder, cfg.model.overrides)
-    _check_vocabulary(config, tokenizer)
-    if not read_weights:
-        return SidForCausalLM(config).float()
-    SafetensorsCheckpoint(folder, cfg.model.overrides)  # what is missing or has another shape would start at random
-    logging.disable_progress_bar()
-    model: Any = SidForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    return model
-
-
-def _check_vocabulary(config: SidConfig, tokenizer: Tokenizer) -> None:
-    if config.vocab_size < tokenizer.vocab_size:
-        raise SidError(f"model vocab_size={config.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def spread(
@@ -138,9 +150,7 @@ def spread(
     from sidlm.parallel.recompute import recompute_block
 
     if cfg.train.float8 != "off":
-        if cfg.parallel.tp > 1:
-            raise SidError(f"train.float8 {cfg.train.float8} and parallel.tp {cfg.parallel.tp} do not go together yet")
-        convert(model, cfg.train.float8, device)
+        convert(model, cfg.train.float8, device, cfg.parallel.tp)
     compiled = cfg.train.compile == "on" or (cfg.train.compile == "auto" and device.type == "cuda")
     if mesh is None:
         for block in model.model.layers:

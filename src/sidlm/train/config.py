@@ -7,6 +7,7 @@ same parser, so both take the same values and give the same errors.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from sidlm.train.settings import (
     yaml_settings,
 )
 from sidlm.train.spikes import SpikeConfig
+from sidlm.train.steps import StepRange
 
 _overrides_spec = tyro.constructors.PrimitiveConstructorSpec(
     nargs="*",
@@ -61,7 +63,7 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon: the blocks' matrices take orthogonalised momentum steps of the size of AdamW's, so lr and weight_decay stay
-    as they are; embedding, head, norms, routers and experts stay with AdamW. One process only"""
+    as they are; embedding, head, norms, routers and experts stay with AdamW"""
     muon_momentum: float = 0.95
     """momentum of Muon"""
     lr: float = 1e-3
@@ -121,6 +123,14 @@ class TrainConfig:
     """initial weights and the order of the data"""
     log_every: int = 10
     """steps between progress lines where there is no terminal (metrics.jsonl has every step)"""
+    layer_stats_every: int = 0
+    """steps between statistics of each layer's output and each parameter's gradient, in metrics.jsonl; 0 = never"""
+    profile: StepRange = field(default_factory=StepRange)
+    """steps of which each process writes a chrome trace to OUT/profile"""
+    memory_snapshot: StepRange = field(default_factory=StepRange)
+    """steps of which each process writes the history of its GPU memory to OUT/memory"""
+    wandb: str = ""
+    """project on Weights & Biases that gets what TensorBoard gets; needs the extra wandb; WANDB_MODE=offline is kept"""
     verify_every: int = 10
     """steps between comparisons, bit for bit, of what replicas (parallel.dp_replicate) hold and, of all processes, of
     the size of their own gradients; state is also compared before each checkpoint; 0 = never"""
@@ -236,6 +246,8 @@ def check(cfg: RunConfig) -> None:
     at_least = {
         "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 0, "train.log_every": 1,
         "train.max_skipped": 0, "train.max_skipped_in_a_row": 0, "train.watchdog_seconds": 0,
+        "train.layer_stats_every": 0, "train.profile.start": 1, "train.profile.steps": 0,
+        "train.memory_snapshot.start": 1, "train.memory_snapshot.steps": 0,
         "train.verify_every": 0, "train.verify_recompute_every": 0,
         "checkpoint.every": 0, "checkpoint.keep": 1,
         "checkpoint.keep_every": 0, "checkpoint.keep_best": 0, "checkpoint.max_failed": 0,
@@ -266,6 +278,8 @@ def check(cfg: RunConfig) -> None:
         )
     if cfg.schedule.average_every and not cfg.schedule.anneal_tokens:
         raise SidError("schedule.average_every averages over the annealing: it needs schedule.anneal_tokens")
+    if cfg.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise SidError(f"train.wandb={cfg.train.wandb}: wandb is not installed here; pip install 'sidlm[wandb]'")
     phases(cfg)
     if cfg.schedule.warmup_steps >= cfg.train.steps > 1:
         warmup, steps = cfg.schedule.warmup_steps, cfg.train.steps

@@ -2,7 +2,8 @@
 
 The first and the last block, the embedding and the output head keep their precision, as in Llama 3's float8 inference
 (arXiv 2407.21783, section 6.2). Weights, gradients and optimizer stay as they are: operands are cast right before a
-product, scaled by their largest absolute value, of the whole tensor or of each row.
+product, scaled by their largest absolute value, of the whole tensor or of each row. FSDP gathers a weight before it is
+cast; with tensor parallelism each process scales what it multiplies, its own features.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ MULTIPLE = 16
 """what both sizes of a matrix must divide by for a float8 product"""
 
 
-def convert(model: SidForCausalLM, recipe: str, device: torch.device) -> list[str]:
+def convert(model: SidForCausalLM, recipe: str, device: torch.device, tp: int = 1) -> list[str]:
     """Let the inner blocks' linear layers multiply in float8, in place; the names of these layers, in their order.
 
     recipe: torchao's "tensorwise" or "rowwise". Names of parameters stay. Call it before blocks are compiled or
-    sharded. On a device without float8 products torchao emulates them: the same numbers, slowly. Feed-forward layers
-    with products of their own (mlp_sparsity, mlp_precision) are left to those.
+    sharded. tp: how many processes will split every matrix. On a device without float8 products torchao emulates them:
+    the same numbers, slowly. Feed-forward layers with products of their own (mlp_sparsity, mlp_precision) are left to
+    those.
 
     Raises SidError without torchao, or where nothing is left to convert.
     """
@@ -38,11 +40,11 @@ def convert(model: SidForCausalLM, recipe: str, device: torch.device) -> list[st
     settings: Any = Float8LinearConfig.from_recipe_name(recipe)
     if not has_products(device):
         object.__setattr__(settings, "emulate", True)  # no recipe takes it as an argument
-    names = convertible(model)
+    names = convertible(model, tp)
     if not names:
         raise SidError(
             f"train.float8 {recipe}: none of the {len(model.model.layers)} blocks has a linear layer to convert: the "
-            f"first and the last one are left out, and so are matrices whose sizes do not divide by {MULTIPLE}"
+            f"first and the last one are left out, and so are matrices whose sizes do not divide by {MULTIPLE * tp}"
         )
     convert_to_float8_training(model, config=settings, module_filter_fn=lambda module, name: name in names)
     return names
@@ -53,7 +55,7 @@ def has_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def convertible(model: SidForCausalLM) -> list[str]:
+def convertible(model: SidForCausalLM, tp: int = 1) -> list[str]:
     """Names of the linear layers that `convert` takes; not of routers, whose choices are close."""
     names = []
     for i, block in list(enumerate(model.model.layers))[1:-1]:
@@ -62,6 +64,6 @@ def convertible(model: SidForCausalLM) -> list[str]:
             own = isinstance(parent, SquaredReLUFeedForward) and (parent.sparsity or parent.precision)
             if not isinstance(module, nn.Linear) or own or name.endswith("router"):
                 continue
-            if not any(size % MULTIPLE for size in module.weight.shape):
+            if not any(size % (MULTIPLE * tp) for size in module.weight.shape):
                 names.append(f"model.layers.{i}.{name}")
     return names

@@ -39,7 +39,11 @@ UNDONE = "; the step is not done and nothing of it is saved"
 
 
 class Corruption(SidError):
-    """Wrong numbers in some process; nothing of them was saved."""
+    """Wrong numbers in the processes `ranks`; nothing of them was saved."""
+
+    def __init__(self, message: str, ranks: list[int]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 @dataclass
@@ -153,7 +157,8 @@ class Integrity:
             if ranks:
                 raise Corruption(
                     f"silent corruption at step {step}: {self._named(ranks)} got a gradient that is not finite "
-                    f"({when} the reduction), and a finite one of the same rows in a second computation{UNDONE}"
+                    f"({when} the reduction), and a finite one of the same rows in a second computation{UNDONE}",
+                    ranks,
                 )
 
     def _finite(self) -> tuple[bool, bool]:
@@ -192,7 +197,8 @@ class Integrity:
                 raise Corruption(
                     f"silent corruption at step {step}: {self._named(list(found))} got another gradient of "
                     f"{next(iter(found.values()))[0]} from the same rows when they were computed again ({when} the "
-                    f"reduction){UNDONE}"
+                    f"reduction){UNDONE}",
+                    list(found),
                 )
 
     def _sums(self) -> Sums:
@@ -258,7 +264,8 @@ class Integrity:
         what = f"the gradient of {name}" if kind else name
         raise Corruption(
             f"silent corruption found at step {step}: {who} {differ}, in {what}; nothing of it is saved, the last "
-            "checkpoint was compared and is good"
+            "checkpoint was compared and is good",
+            ranks,
         )
 
     def _named(self, ranks: list[int]) -> str:

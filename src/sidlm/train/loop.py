@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,19 +31,24 @@ from sidlm.nn.moe import MoEFeedForward
 from sidlm.parallel.config import launched
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.average import Average
-from sidlm.train.build import Text, build_model, open_text, spread
+from sidlm.train.build import Text, build_model, open_text
 from sidlm.train.config import RunConfig, check, to_yaml
 from sidlm.train.health.monitor import Health
 from sidlm.train.integrity import Integrity
+from sidlm.train.layers import LayerStatistics
+from sidlm.train.ledger import Ledger, summary
 from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
 from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.processes import Processes
-from sidlm.train.recipe import anneal_steps
+from sidlm.train.ranklog import RankLog
+from sidlm.train.recipe import anneal_steps, micro_batch_rows
 from sidlm.train.report import write_report
 from sidlm.train.saving import Saver
 from sidlm.train.schedule import learning_rate
 from sidlm.train.spikes import SpikeGuard
+from sidlm.train.stragglers import Pace
+from sidlm.train.trace import Tracer
 
 if TYPE_CHECKING:
     from sidlm.data.loader import Batch
@@ -73,6 +78,14 @@ class TrainResult:
     """number of the signal that ended the run early, else 0"""
 
 
+class Watch(NamedTuple):
+    """What looks at a step from inside."""
+
+    integrity: Integrity
+    layers: LayerStatistics
+    pace: Pace
+
+
 @dataclass
 class RunState:
     """What a checkpoint holds besides tensors."""
@@ -93,10 +106,21 @@ def train(cfg: RunConfig, *, on_step: Callable[[dict[str, Any]], None] | None = 
     Raises SidError for anything a user can mend; the newest checkpoint stays intact in every case.
     """
     check(cfg)
-    with processes.started(cfg) as group, folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
+    with processes.started(cfg) as group:
+        return train_in(cfg, group, on_step)
+
+
+def train_in(cfg: RunConfig, group: Processes, on_step: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
+    """`train` in processes that have been started, and may train several runs one after the other."""
+    with folder.locked(Path(cfg.train.out)) if group.first else nullcontext():
         found = group.told(folder.find_resume(cfg) if group.first else None)
-        with Health(Path(cfg.train.out), group, cfg.train.watchdog_seconds) as health:
-            return run(cfg, group, found, health, on_step)
+        out = Path(cfg.train.out)
+        with (
+            Health(out, group, cfg.train.watchdog_seconds) as health,
+            RankLog(out, group.rank) as words,
+            Ledger(out if group.first else None, found.step if found is not None else 0) as ledger,
+        ):
+            return run(cfg, group, found, health, words, ledger, on_step)
 
 
 def run(
@@ -104,6 +128,8 @@ def run(
     group: Processes,
     found: checkpoint.Checkpoint | None,
     health: Health,
+    words: RankLog,
+    ledger: Ledger,
     on_step: Callable[[dict[str, Any]], None] | None,
 ) -> TrainResult:
     """What `train` does, in one of its processes."""
@@ -115,10 +141,8 @@ def run(
         ready = found is not None or not group.first
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
-    model: Any = build_model(cfg, text.tokenizer, device=device, resumed=found is not None)
-    model.to(device).train()
-    pipeline = spread(model, cfg, group.mesh, device, precision)
-    optimizer = make_optimizer(model, cfg.optim)
+    model, pipeline = build_model(cfg, text.tokenizer, group.mesh, device, precision, resumed=found is not None)
+    optimizer = make_optimizer(model, cfg.optim, group.mesh)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
     state, annealing = RunState(), cfg.train.steps - anneal_steps(cfg)
@@ -140,9 +164,12 @@ def run(
     total_steps, log_every = cfg.train.steps, cfg.train.log_every
     if group.first:
         folder.describe_run(cfg, hardware.environment(device) | meter.facts() | group.facts(precision))
-        log = RunLog(out, step=state.step, total_steps=total_steps, log_every=log_every)
+        log = RunLog(
+            out, step=state.step, total_steps=total_steps, log_every=log_every, note=words.note, wandb=cfg.train.wandb
+        )
+        words.merge()
     else:
-        log = NoLog()
+        log = NoLog(words.note)
 
     def not_saved(problem: str) -> None:
         log.say(problem)
@@ -153,6 +180,14 @@ def run(
         model, [] if pipeline is None else pipeline.stages, group, every=cfg.train.verify_every,
         recompute_every=cfg.train.verify_recompute_every, say=log.say,
     )  # fmt: skip
+    layers, pace = LayerStatistics(model, group), Pace(model, group, device)
+    watch = Watch(integrity, layers, pace)
+    tracer = Tracer(out, group.rank, device, cfg.train.profile, cfg.train.memory_snapshot, log.say)
+
+    def at(phase: str, step: int | None = None) -> None:
+        health.at(phase, step)
+        ledger.at(phase, step)
+
     with stop, log, saver, health.noted():
         for line in health.before:
             log.say(f"an earlier start ended: {line}")
@@ -160,16 +195,22 @@ def run(
         if sparse:
             log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
         started = time.perf_counter()
+        health.at("step", state.step + 1)
+        ledger.at("data")
         for step, batch in prefetched(text.loader, state.step, total_steps, pin=device.type == "cuda"):
             lr = learning_rate(
                 step, cfg.schedule, peak=cfg.optim.lr, total_steps=total_steps, anneal_steps=total_steps - annealing
             )
             set_learning_rate(optimizer, lr)
-            health.at("step", step + 1)
+            ledger.at("step", step + 1)
+            tracer.at(step + 1)
             sparsity.switch(sparse, step, cfg.sparsity)
+            last = step + 1 == total_steps
+            measuring = cfg.train.layer_stats_every > 0 and due(step + 1, cfg.train.layer_stats_every, last)
             integrity.begin(step + 1)
+            layers.begin(measuring)
             loss, norm, spike = train_step(
-                model, optimizer, batch, cfg, device, precision, group, pipeline, guard, integrity, step
+                model, optimizer, batch, cfg, device, precision, group, pipeline, guard, watch, step
             )
             if cfg.schedule.average_every and step >= annealing:
                 if average is None:
@@ -181,24 +222,29 @@ def run(
             state.step = step + 1
             state.tokens += tokens
             record: dict[str, Any] = {"step": state.step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
-            record |= {"tokens": state.tokens} | meter.measure(
-                tokens, time.perf_counter() - started, batch.tokens.shape[1]
-            )
+            speed = meter.measure(tokens, time.perf_counter() - started, batch.tokens.shape[1])
+            record |= {"tokens": state.tokens} | speed
+            pace.step_done(speed["seconds"], tokens, speed["mfu"])
             if count_skipped(state, loss, norm):
                 record["skipped"] = f"the loss is {loss}, the gradient norm {norm}"
             elif spike:
                 record["skipped"] = spike
 
-            last = state.step == total_steps
-            if sparse and due(state.step, log_every, last):
-                record["sparsity"] = sparsity.measured(sparse)
+            if sparsity.present(model) and due(state.step, log_every, last):
+                record["sparsity"] = sparsity.measured(model, sparse, group)
+            if measuring:
+                record["layers"] = layers.result()
+            if due(state.step, log_every, last):
+                compare_ranks(pace, record, log, health, group)
+                if group.first:
+                    words.merge()
             if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
-                health.at("validation")
+                at("validation")
                 with in_use(average):
                     state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
             log.record(record)
             if cfg.samples.prompts and due(state.step, cfg.samples.every, last):
-                health.at("samples")
+                at("samples")
                 with in_use(average):
                     whole = whole_model(model, cfg, step, group)
                     if whole is not None:
@@ -209,11 +255,11 @@ def run(
             saving = due(state.step, cfg.checkpoint.every, last or stopping)
             integrity.state(tensors, state.step, saving=saving)
             if saving:
-                health.at("checkpoint")
+                at("checkpoint")
                 log.sync()
                 saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint))
             if due(state.step, cfg.checkpoint.export_every, False):
-                health.at("export")
+                at("export")
                 with in_use(average):
                     export(out, model, text, group, saver)
             if on_step is not None and group.first:
@@ -221,13 +267,22 @@ def run(
             if stopping:
                 break
             started = time.perf_counter()
+            pace.resume()
+            health.at("step", state.step + 1)
+            ledger.at("data")
         peak_memory = hardware.peak_memory_bytes(device)
         finished = state.step == total_steps
-        health.at("export")
+        at("export")
         if finished:
             with in_use(average):
                 export(out, model, text, group, saver)
+        tracer.at(0)
         saver.finish(last=True)
+        ledger.at("report")
+        if not finished:
+            ledger.cause = f"signal {stop.signal}"
+        if group.first:
+            log.say(summary(out).line())
 
     if finished and group.first:
         write_report(out, {"peak_memory": peak_memory, "tokens_per_second": meter.tokens_per_second})
@@ -248,7 +303,7 @@ def train_step(
     group: Processes,
     pipeline: Pipeline | None,
     guard: SpikeGuard,
-    integrity: Integrity,
+    watch: Watch,
     step: int,
 ) -> tuple[float, float, str | None]:
     """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
@@ -257,23 +312,39 @@ def train_step(
     The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
     depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
     """
+    watch.pace.pause()
     labelled = group.sum_rows(int((batch.labels != -100).sum()))
     again = functools.partial(gradients, model, batch, labelled, cfg, device, precision, group, pipeline)
     loss = group.sum_tokens(again())
-    integrity.gradients(step + 1, again)
+    watch.integrity.gradients(step + 1, again)
+    watch.layers.gradients()
     norm = clip_gradients(model.parameters(), cfg.optim.clip_norm, pipeline)
     # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
     loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
+    watch.pace.resume()
     ok = math.isfinite(loss_value) and math.isfinite(norm_value)
     if not ok:
-        integrity.not_finite(step + 1, again)
+        watch.pace.pause()
+        watch.integrity.not_finite(step + 1, again)
     spike = guard.judge(loss_value, norm_value) if ok else None
     ok = ok and spike is None
     if ok:
         optimizer.step()
+    watch.pace.pause()
     update_balance(model, ok, group)
     optimizer.zero_grad(set_to_none=True)
     return loss_value, norm_value, spike
+
+
+def compare_ranks(pace: Pace, record: dict[str, Any], log: RunLog | NoLog, health: Health, group: Processes) -> None:
+    """The speed of each process into the record, and a line once one is slow, or is no longer."""
+    numbers, line, rank = pace.report()
+    if numbers is not None:
+        record["ranks"] = numbers
+    if line is not None and group.first:
+        log.say(f"step {record['step']}: {line}")
+        if rank >= 0:
+            health.survived("slow", line, ranks=[rank])
 
 
 def gradients(
@@ -287,12 +358,10 @@ def gradients(
     pipeline: Pipeline | None,
 ) -> torch.Tensor:
     """Forward and backward pass of a process's rows; their loss, a tensor ()."""
+    rows = micro_batch_rows(cfg, batch.tokens.shape[1])
     if pipeline is not None:
-        part = arguments(batch, device)
-        return pipeline.step(part, num_items=labelled, micro_batch_size=cfg.train.micro_batch_size or 1)
-    # a micro-batch keeps its tokens where rows become longer
-    rows = max(1, cfg.train.micro_batch_size * cfg.data.seq_len // batch.tokens.shape[1])
-    rows = rows if cfg.train.micro_batch_size else len(batch)
+        return pipeline.step(arguments(batch, device), num_items=labelled, micro_batch_size=rows or 1)
+    rows = rows or len(batch)
     # a sharded model casts its weights itself, once for each time that it gathers them
     autocast = "fp32" if group.mesh is not None else precision
     loss = torch.zeros((), device=device)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import warnings
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import yaml
+
 Record = dict[str, Any]
+BOARD_RANKS = 64
+"""Up to how many processes TensorBoard shows each one's speed; metrics.jsonl has all"""
 
 
 def finite(value: float) -> float | None:
@@ -69,14 +75,18 @@ class RunLog:
     """All the outputs of a run's numbers. A record is {"step", "loss", "lr", ...}, with "valid" and "sparsity" where
     they were measured.
 
-    step: steps done before this process. Use it as a context manager.
+    step: steps done before this process. note: takes each line for the log of all ranks. wandb: see train.wandb. Use it
+    as a context manager.
     """
 
-    def __init__(self, out: Path, *, step: int, total_steps: int, log_every: int) -> None:
+    def __init__(
+        self, out: Path, *, step: int, total_steps: int, log_every: int, note: Callable[[str], None], wandb: str = ""
+    ) -> None:
         self.metrics = JsonLines(out / "metrics.jsonl", step)
         self.samples = JsonLines(out / "samples.jsonl", step)
         self.board = _tensorboard(out / "tensorboard", step)
-        self.progress = Progress(step, total_steps, log_every)
+        self.progress = Progress(step, total_steps, log_every, note)
+        self.wandb = _wandb(wandb, out) if wandb else None
 
     def __enter__(self) -> RunLog:
         self.progress.start()
@@ -90,6 +100,8 @@ class RunLog:
         self.samples.close()
         if self.board is not None:
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(error is not None))
 
     def record(self, record: Record) -> None:
         """Write one step everywhere."""
@@ -98,6 +110,8 @@ class RunLog:
         if self.board is not None:
             for name, value in _scalars(record):
                 self.board.add_scalar(name, value, record["step"])
+        if self.wandb is not None:
+            self.wandb.log(dict(_scalars(record)), step=record["step"])
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Keep a text the model wrote."""
@@ -115,7 +129,10 @@ class RunLog:
 
 
 class NoLog:
-    """The log of a process that writes nothing."""
+    """The log of a process that writes no numbers. note: takes each line for the log of all ranks."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
 
     def __enter__(self) -> NoLog:
         return self
@@ -133,7 +150,7 @@ class NoLog:
         pass
 
     def say(self, line: str) -> None:
-        pass
+        self.note(line)
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
@@ -144,6 +161,20 @@ def _tensorboard(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
+def _wandb(project: str, out: Path) -> Any:
+    """The run of this folder, the same one after a restart."""
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    place = out / "wandb-id.txt"
+    if not place.is_file():
+        place.write_text(secrets.token_hex(4), encoding="utf-8")
+    config = (out / "config.yaml").read_text(encoding="utf-8")
+    return wandb.init(
+        project=project, name=out.name, id=place.read_text(encoding="utf-8"), resume="allow", dir=str(out),
+        config=yaml.safe_load(config),
+    )  # fmt: skip
+
+
 def _scalars(record: Record) -> list[tuple[str, float]]:
     names = {"loss": "loss/train", "lr": "lr", "grad_norm": "grad_norm", "tokens_per_second": "speed/tokens_per_second",
              "mfu": "speed/mfu"}  # fmt: skip
@@ -152,13 +183,21 @@ def _scalars(record: Record) -> list[tuple[str, float]]:
         scalars += [(f"valid_{key}/{domain}", numbers[key]) for key in ("loss", "bits_per_byte")]
     for name, layers in record.get("sparsity", {}).items():
         scalars += [(f"sparsity_{name}/layer_{i}", value) for i, value in enumerate(layers) if value is not None]
+    for kind, statistics in record.get("layers", {}).items():
+        for key, values in statistics.items():
+            named = values.items() if isinstance(values, dict) else ((f"layer_{i}", v) for i, v in enumerate(values))
+            scalars += [(f"{kind}_{key}/{name}", value) for name, value in named if value is not None]
+    for key, values in record.get("ranks", {}).items():
+        if len(values) <= BOARD_RANKS:
+            scalars += [(f"rank_{key}/rank_{rank}", value) for rank, value in enumerate(values)]
     return scalars
 
 
 class Progress:
     """A live bar on a terminal; elsewhere a plain line every `log_every` steps. Speed is the mean of recent steps."""
 
-    def __init__(self, step: int, total_steps: int, log_every: int) -> None:
+    def __init__(self, step: int, total_steps: int, log_every: int, note: Callable[[str], None]) -> None:
+        self.note = note
         self.first, self.step, self.total, self.log_every = step, step, total_steps, log_every
         self.recent: deque[tuple[float, int, float | None]] = deque(maxlen=20)
         self.bar: Any = None
@@ -181,6 +220,7 @@ class Progress:
             self.bar.stop()
 
     def say(self, line: str) -> None:
+        self.note(line)
         if self.bar is None:
             print(line, flush=True)
         else:
@@ -191,10 +231,14 @@ class Progress:
         if record["seconds"] and (self.step > self.first + 1 or self.step == self.total):  # the first one warms up
             self.recent.append((record["seconds"], record["step_tokens"], record["mfu"]))
         info, eta = self._info(record), self._eta()
+        line = None
+        if self.step % self.log_every == 0 or self.step in (self.first + 1, self.total):
+            line = f"step {self.step:>{len(str(self.total))}}/{self.total}  {info}  ETA {eta}"
+            self.note(line)
         if self.bar is not None:
             self.bar.update(self.task, completed=self.step, info=info, eta=eta)
-        elif self.step % self.log_every == 0 or self.step in (self.first + 1, self.total):
-            print(f"step {self.step:>{len(str(self.total))}}/{self.total}  {info}  ETA {eta}", flush=True)
+        elif line is not None:
+            print(line, flush=True)
         if record.get("skipped"):
             self.say(f"step {self.step}: {record['skipped']}; step skipped")
         if "valid" in record:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sidlm.errors import SidError
 from sidlm.train.config import OptimConfig
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
     from sidlm.parallel.pipeline import Pipeline
 
 
@@ -41,19 +43,21 @@ class Together:
 Optimizer = torch.optim.Optimizer | Together
 
 
-def make_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
-    """The optimizer of a config. Raises SidError where its torch has no Muon or the blocks have no matrices."""
+def make_optimizer(model: nn.Module, cfg: OptimConfig, mesh: DeviceMesh | None = None) -> Optimizer:
+    """The optimizer of a config. mesh: of `build_mesh`, over which `parallelize` has split the model; every process
+    makes it then."""
     if cfg.name == "adamw":
         return make_adamw(model.named_parameters(), cfg)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in trained if is_matrix(name, p)]
-    if not matrices or not hasattr(torch.optim, "Muon"):
-        raise SidError(f"optim.name muon: {len(matrices)} matrices in the blocks, torch {torch.__version__}")
-    if any(hasattr(p, "placements") for _, p in matrices):
-        raise SidError("optim.name muon: matrices that are sharded over processes are not supported yet; use adamw")
-    names = {name for name, _ in matrices}
-    rest = [(name, p) for name, p in trained if name not in names]
-    return Together([make_muon(matrices, cfg), make_adamw(rest, cfg)])
+    matrices = {name: p for name, p in trained if is_matrix(name, p)}
+    rest = make_adamw([(name, p) for name, p in trained if name not in matrices], cfg)
+    line = None
+    if mesh is not None:
+        from sidlm.parallel.mesh import stage_mesh
+
+        line = stage_mesh(mesh).get_group()
+    # a pipeline stage may be the embedding alone
+    return Together([make_muon(matrices.items(), cfg, line), rest]) if matrices else rest
 
 
 def is_matrix(name: str, p: Tensor) -> bool:
@@ -61,12 +65,19 @@ def is_matrix(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and ".layers." in name and ".router." not in name
 
 
-def make_muon(matrices: Iterable[tuple[str, Tensor]], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """torch's Muon (Jordan et al. 2024) with the step size of AdamW (arXiv 2502.16982), its state created."""
+def make_muon(
+    matrices: Iterable[tuple[str, Tensor]], cfg: OptimConfig, line: dist.ProcessGroup | None = None
+) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) with the step size of AdamW (arXiv 2502.16982), its state created: torch's or, of
+    matrices that are split over the processes of `line`, `ShardedMuon`."""
     groups: dict[bool, list[Tensor]] = {}
     for name, p in matrices:
         groups.setdefault(".down_proj" in name, []).append(p)
     settings = [{"params": ps, "lr_scale": cfg.down_proj_lr_scale if down else 1.0} for down, ps in groups.items()]
+    if line is not None:
+        from sidlm.train.muon import ShardedMuon
+
+        return ShardedMuon(settings, line, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.muon_momentum)
     muon = torch.optim.Muon(
         settings, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.muon_momentum,
         adjust_lr_fn="match_rms_adamw",

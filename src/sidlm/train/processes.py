@@ -22,7 +22,7 @@ from sidlm.errors import SidError
 from sidlm.parallel.config import launched
 from sidlm.train import hardware
 from sidlm.train.config import RunConfig
-from sidlm.train.recipe import phases
+from sidlm.train.recipe import micro_batch_rows, phases
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -108,6 +108,15 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def numbers(self, values: list[float]) -> list[list[float]]:
+        """As many numbers of each process, by rank, on all of them."""
+        if self.mesh is None:
+            return [values]
+        own = torch.tensor(values, dtype=torch.float64, device=self.mesh.device_type)
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(found, own)
+        return torch.stack(found).tolist()
+
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first process runs the body, then the others do: they find what it made."""
@@ -121,12 +130,14 @@ class Processes:
         """The model on one process; of a sharded one a whole copy on the first process, and None on the others."""
         if self.mesh is None:
             return model
+        from sidlm.parallel.materialize import allocate
         from sidlm.parallel.mesh import send_to_first
 
         copy = None
         if self.first:
-            with torch.random.fork_rng(), torch.device(self.mesh.device_type):
+            with torch.device("meta"):
                 copy = type(model)(model.config).to(next(model.parameters()).dtype).train(model.training)
+            allocate([copy], torch.device(self.mesh.device_type))
         into = {} if copy is None else copy.state_dict()
         own, held = model.state_dict(), self.held(list(model.state_dict()))
         for stage, names in enumerate(held):
@@ -210,14 +221,6 @@ def check_rows(cfg: RunConfig) -> None:
     """Raise SidError, naming the numbers, for a batch that cannot be spread over the processes."""
     sizes = cfg.parallel.sizes(dist.get_world_size())
     parts = sizes["dp_replicate"] * sizes["dp_shard"]
-    if sizes["pp"] > 1 and cfg.recipe.batch:
-        raise SidError(f"recipe.batch and parallel.pp={sizes['pp']} do not go together: a pipeline's shapes are fixed")
-    rows = cfg.train.batch_size // parts
-    if sizes["pp"] > 1 and cfg.train.batch_size % parts == 0 and rows % (cfg.train.micro_batch_size or 1):
-        raise SidError(
-            f"train.micro_batch_size={cfg.train.micro_batch_size} does not divide the {rows} rows of a process "
-            f"(train.batch_size {cfg.train.batch_size} / {parts}), whose micro-batches in a pipeline must be alike"
-        )
     pieces = sizes["tp"] * (2 * sizes["cp"] if sizes["cp"] > 1 else 1)
     for number, phase in enumerate(phases(cfg)):
         rows, length = ("recipe.batch rows", "recipe.batch length") if number else ("train.batch_size", "data.seq_len")
@@ -225,6 +228,12 @@ def check_rows(cfg: RunConfig) -> None:
             raise SidError(
                 f"{rows}={phase.batch_size} does not divide by the {parts} groups of processes that read "
                 f"rows (dp_replicate {sizes['dp_replicate']} x dp_shard {sizes['dp_shard']})"
+            )
+        own, micro = phase.batch_size // parts, micro_batch_rows(cfg, phase.seq_len) or 1
+        if sizes["pp"] > 1 and own % micro:
+            raise SidError(
+                f"train.micro_batch_size={micro} does not divide the {own} rows of a process "
+                f"({rows} {phase.batch_size} / {parts}), whose micro-batches in a pipeline must be alike"
             )
         if sizes["tp"] > 1 and phase.seq_len % pieces:
             of = f"tp {sizes['tp']}" if sizes["cp"] == 1 else f"2 x cp {sizes['cp']} x tp {sizes['tp']}"

@@ -36,19 +36,25 @@ def phases(cfg: RunConfig) -> tuple[Phase, ...]:
     first = Phase(first_step=0, tokens=0, batch_size=cfg.train.batch_size, seq_len=cfg.data.seq_len)
     changes: list[tuple[int, dict]] = []
     for text in cfg.recipe.batch:
-        tokens, (rows, length) = _change("recipe.batch", text, "TOKENS:ROWSxLENGTH", "x", 2)
+        tokens, (rows, length) = parse_change("recipe.batch", text, "TOKENS:ROWSxLENGTH", "x", 2)
         if rows < 1 or length < 1 or rows % 1 or length % 1:
             raise SidError(f"recipe.batch: {text!r} must have whole numbers above 0 of rows and tokens in a row")
         changes.append((tokens, {"batch_size": int(rows), "seq_len": int(length)}))
     sources = len(cfg.data.train)
     for text in cfg.recipe.mix:
-        tokens, weights = _change("recipe.mix", text, "TOKENS:WEIGHT,WEIGHT,...", ",", sources)
+        tokens, weights = parse_change("recipe.mix", text, "TOKENS:WEIGHT,WEIGHT,...", ",", sources)
         if min(weights) < 0 or not sum(weights) > 0 or not all(map(math.isfinite, weights)):
             raise SidError(f"recipe.mix: the weights of {text!r} must be 0 or more, and not all 0")
         changes.append((tokens, {"weights": tuple(weights)}))
     if cfg.recipe.mix and sources > 1 and not any(_weighted(source) for source in cfg.data.train):
         raise SidError("recipe.mix changes weights, but the sources of data.train have none: give each PATH=WEIGHT")
     return plan_phases(first, changes)
+
+
+def micro_batch_rows(cfg: RunConfig, seq_len: int) -> int:
+    """Rows of a micro-batch where rows have `seq_len` tokens, 0 if train.micro_batch_size is: one keeps its tokens."""
+    size = cfg.train.micro_batch_size
+    return max(1, size * cfg.data.seq_len // seq_len) if size else 0
 
 
 def anneal_steps(cfg: RunConfig) -> int:
@@ -64,7 +70,8 @@ def _weighted(source: str) -> bool:
     return parse_source(source).weight is not None
 
 
-def _change(key: str, text: str, form: str, separator: str, count: int) -> tuple[int, list[float]]:
+def parse_change(key: str, text: str, form: str, separator: str, count: int) -> tuple[int, list[float]]:
+    """TOKENS:NUMBER<separator>NUMBER... as (tokens, `count` numbers). Raises SidError, naming the key, for others."""
     after, _, what = text.partition(":")
     try:
         numbers = [float(word) for word in what.split(separator)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sidlm.train.folder import write_text
+from sidlm.train.ledger import PHASES, Summary, summary
 from sidlm.train.metrics import Record, read_json_lines
 
 # stands for the page's text colour in drawn figures, so that they follow the light or dark page
@@ -64,6 +65,7 @@ def write_report(out: Path, facts: dict[str, Any]) -> Path:
             _sparsity(records),
             _domains(records),
             _samples(samples),
+            _time(summary(out)),
             "<h2>Run</h2>",
             _facts(environment),
             f"<h2>Command</h2><pre>{html.escape(command)}</pre><h2>Config</h2><pre>{html.escape(config)}</pre>",
@@ -217,6 +219,27 @@ def _samples(samples: list[Record]) -> str:
         if sample["step"] == last
     ]
     return f"<h2>What it writes after step {last:,}</h2>{''.join(cards)}"
+
+
+def _time(spent: Summary) -> str:
+    """Where the time of all starts went, and what interrupted them."""
+    if not spent.elapsed:
+        return ""
+    rows = [
+        f"<tr><td>{html.escape(PHASES.get(phase, phase))}</td><td class=n>{seconds:,.1f} s</td>"
+        f"<td class=n>{100 * seconds / spent.elapsed:.1f} %</td></tr>"
+        for phase, seconds in spent.seconds.items()
+        if seconds
+    ]
+    lost = [
+        f"<tr><td>{html.escape(cause)}</td><td class=n>{count}</td><td class=n>{seconds:,.1f} s</td></tr>"
+        for cause, (count, seconds) in spent.causes().items()
+    ]
+    table = f"<table>{''.join(rows)}</table>"
+    if lost:
+        head = "<tr><th>interruption</th><th class=n>times</th><th class=n>lost</th></tr>"
+        table += f"<table>{head}{''.join(lost)}</table>"
+    return f"<h2>Effective training time: {100 * spent.effective:.1f} %</h2>{table}"
 
 
 def _facts(environment: dict[str, Any]) -> str:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from sidlm.train.health import files
+from sidlm.train.health import dump, files
 from sidlm.train.health.diagnosis import diagnose
+from sidlm.train.health.slow import Slowness, lateness
 
 NOW = 1_000_000.0
 EVERYONE = {"name": "all_reduce", "number": 123, "group": "dp_shard", "ranks": [0, 1, 2, 3], "done": False, "sizes": [],
@@ -26,7 +27,7 @@ def note(rank, error="RuntimeError: Connection closed by peer", follows=True, lo
     return where(rank, **changes) | about
 
 
-def dump(rank, collective=EVERYONE, links=(), **changes):
+def hang(rank, collective=EVERYONE, links=(), **changes):
     return where(rank, **changes) | {"collective": collective, "in": "step (x/y.py:3)", "links": list(links)}
 
 
@@ -88,7 +89,7 @@ def test_the_first_death_counts(start):
 
 
 def test_a_process_that_hangs_in_python(start):
-    dumps = {rank: dump(rank) for rank in (0, 1, 3)} | {2: dump(2, None, phase="validation")}
+    dumps = {rank: hang(rank) for rank in (0, 1, 3)} | {2: hang(2, None, phase="validation")}
     found = diagnose(start(hang=dumps))
     assert found["kind"] == "hung" and found["ranks"] == [2]
     assert found["line"] == (
@@ -101,7 +102,7 @@ def test_a_process_that_hangs_in_python(start):
     ("state", "said"), [("T", "is stopped (state T)"), ("D", "hangs in the kernel"), ("R", "hangs at")]
 )
 def test_a_process_without_a_dump(start, state, said):
-    found = diagnose(start(hang={rank: dump(rank) for rank in (0, 1, 3)}, state={2: {"state": state}}))
+    found = diagnose(start(hang={rank: hang(rank) for rank in (0, 1, 3)}, state={2: {"state": state}}))
     assert found["kind"] == "hung" and found["ranks"] == [2] and said in found["line"]
 
 
@@ -109,28 +110,28 @@ def test_the_collective_is_one_that_waits_for_it(start):
     """Ranks 0 and 1 wait for each other's partners: only 3 shares a group with 2."""
     pair = EVERYONE | {"group": "dp_replicate", "number": 9, "ranks": [2, 3]}
     other = EVERYONE | {"group": "dp_replicate", "number": 9, "ranks": [0, 1]}
-    found = diagnose(start(hang={0: dump(0, other), 1: dump(1, other), 3: dump(3, pair)}))
+    found = diagnose(start(hang={0: hang(0, other), 1: hang(1, other), 3: hang(3, pair)}))
     assert found["ranks"] == [2] and "all_reduce #9 (dp_replicate), in which rank 3 waits" in found["line"]
 
 
 def test_a_process_cut_off(start):
     """What 0, 1 and 3 send to 2 is not answered, nor what 2 sends."""
     ports = {0: 10, 1: 11, 3: 13}
-    dumps = {r: dump(r, links=[link(p, p + 100, 3), link(p + 50, 999, 0)]) for r, p in ports.items()}
-    dumps[2] = dump(2, links=[link(p + 100, p, 4) for p in ports.values()])
+    dumps = {r: hang(r, links=[link(p, p + 100, 3), link(p + 50, 999, 0)]) for r, p in ports.items()}
+    dumps[2] = hang(2, links=[link(p + 100, p, 4) for p in ports.values()])
     found = diagnose(start(hang=dumps))
     assert found["kind"] == "network" and found["ranks"] == [2]
     assert "between rank 2 (node7, pid 102) and ranks 0, 1 and 3 is lost at step 57" in found["line"]
 
 
 def test_one_path_cut(start):
-    dumps = {r: dump(r) for r in range(4)}
-    dumps[1], dumps[3] = dump(1, links=[link(11, 13, 3)]), dump(3, links=[link(13, 11, 0)])
+    dumps = {r: hang(r) for r in range(4)}
+    dumps[1], dumps[3] = hang(1, links=[link(11, 13, 3)]), hang(3, links=[link(13, 11, 0)])
     assert diagnose(start(hang=dumps))["ranks"] == [1, 3]
 
 
 def test_collectives_that_do_not_meet(start):
-    dumps = {r: dump(r) for r in (0, 1, 3)} | {2: dump(2, EVERYONE | {"name": "all_gather"})}
+    dumps = {r: hang(r) for r in (0, 1, 3)} | {2: hang(2, EVERYONE | {"name": "all_gather"})}
     found = diagnose(start(hang=dumps))
     assert found["kind"] == "disagreement" and found["ranks"] == [2]
     assert "ranks 0, 1 and 3 in all_reduce #123 (dp_shard); rank 2 in all_gather #123" in found["line"]
@@ -160,3 +161,43 @@ def test_a_good_end_and_blank_notes(start, tmp_path):
     folder = start(beats={rank: beat(rank, phase="done") for rank in range(4)})
     (tmp_path / "rank-0.note.json").write_text(" " * files.SIZE)
     assert diagnose(folder) is None
+
+
+def test_lateness_names_the_process_that_the_others_waited_for():
+    arrivals = {
+        0: {"a 1": 10.0, "b 2": 13.1, "c 3": 13.2},
+        1: {"a 1": 10.1, "b 2": 13.0, "c 3": 13.3, "own": 1.0},
+        2: {"a 1": 13.0, "b 2": 13.2, "c 3": 13.4},
+    }
+    late = lateness(arrivals)
+    assert late == pytest.approx({0: 0.1, 1: 0.2, 2: 3.4})
+
+
+def test_a_slow_step_is_judged_once_all_have_written(tmp_path, monkeypatch):
+    processes = [Slowness(rank, 2) for rank in range(2)]
+    for each in processes:
+        for step in range(1, 11):
+            each.done(step, 100.0 + step, 1.0)
+        each.done(11, 111.0, 4.0)
+    for rank, times in ((0, [111.5, 114.5]), (1, [114.2, 114.6])):
+        seen = [EVERYONE | {"number": i, "time": moment} for i, moment in enumerate([90.0, *times])]
+        monkeypatch.setattr(dump, "collectives", lambda last, seen=seen: seen)
+        processes[rank].write(tmp_path)
+        beats = {0: beat(0), 1: beat(1)}
+        found = processes[0].judge(tmp_path, beats)
+        assert (found is None) is (rank == 0)
+    assert found[:2] == (1, 11)
+    assert "rank 1 (node7, pid 101) is slow: it came 2.80 s after the others to the collectives of step 11" in found[2]
+    assert processes[0].judge(tmp_path, beats) is None
+
+
+def test_a_step_that_is_no_slower_is_not_looked_at(tmp_path):
+    one = Slowness(0, 2)
+    for step in range(1, 20):
+        one.done(step, 100.0, 1.0 + 0.4 * (step % 2))
+    for step in range(20, 30):
+        one.done(step, 100.0, 0.001)
+    one.recent.extend([0.01] * 60)
+    one.done(30, 100.0, 0.3)  # a hiccup, however much longer than usual
+    one.write(tmp_path)
+    assert one.judge(tmp_path, {}) is None and not list(tmp_path.iterdir())

@@ -142,6 +142,17 @@ def test_what_ended_a_start_is_known_to_the_next(tmp_path, capsys):
     assert "not a run folder" in capsys.readouterr().err
 
 
+def test_what_a_full_disk_kept_from_the_history_is_added_later(tmp_path, monkeypatch):
+    out, add = tmp_path / "run", files.add_history
+    with pytest.raises(OSError), Health(out, Processes(), 5.0):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(files, "add_history", lambda *_: False)
+    with Health(out, Processes(), 5.0) as health:
+        assert len(health.before) == 1 and files.history(out) == []
+        monkeypatch.setattr(files, "add_history", add)
+    assert [(record["kind"], record["start"]) for record in files.history(out)] == [("failed", 1)]
+
+
 def test_a_mistake_before_the_first_step_is_no_fault(tmp_path):
     for _ in range(2):
         with pytest.raises(SidError), Health(tmp_path, Processes(), 5.0) as health:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -86,6 +86,12 @@ class SafetensorsCheckpoint:
         # opened anew for each tensor: what was read of a mapped file stays in memory until the mapping goes
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def read_part(self, name: str, first: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The part of a tensor (1-D or more) of `shape` from the index `first` on; nothing else is read."""
+        with safe_open(self._files[name], framework="pt") as file:
+            where = tuple(slice(begin, begin + size) for begin, size in zip(first, shape, strict=True))
+            return file.get_slice(name)[where]
 
 
 def weight_files(folder: Path) -> list[Path]:

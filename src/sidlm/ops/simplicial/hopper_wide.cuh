@@ -10,14 +10,6 @@
 // HAS_DOCS, BACKWARD, CLUSTER (1 or 2 blocks of threads that share keys and values: each loads half of them for both),
 // KEYS (of a block of keys), SLOTS (for these), and functions `multiply_..`, one wgmma.
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-#define DEVICE __device__ __forceinline__
-
-struct alignas(64) TensorMap { u64 opaque[16]; };
-
 constexpr int OFFSETS = 8;                      // of a tile
 constexpr int HEADS = 16;                       // of a block: eight a warpgroup
 constexpr int BOXES = D / 64, BOX = KEYS * 128; // a block of keys: for each 64 columns rows of 128 bytes
@@ -27,46 +19,8 @@ constexpr int COPIES = DETERMINANT ? 2 : 1;     // of q and k2: see prepare.py
 constexpr float HIDDEN = -1.0e30f, LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7F800000)
 
-DEVICE u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-DEVICE void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-DEVICE void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-DEVICE void barrier_arrive(u32 barrier, int block) {  // of another block of the cluster
-  asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-      " mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier), "r"(block) : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, int phase) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;}" ::"r"(barrier), "r"(phase) : "memory");
-}
 // 128 threads of a warpgroup wait for each other
 DEVICE void warpgroup_sync(int warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
-DEVICE u32 block_of_cluster() { u32 x; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x)); return x; }
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-DEVICE void load_box(u32 to, const TensorMap* map, int x, int y, u32 barrier) {  // to all blocks of the cluster
-#if CLUSTER == 1
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-               ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier) : "memory");
-#else
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-#endif
-}
 DEVICE void load_row(u32 to, const u16* from, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(to), "l"(from), "n"(2 * D), "r"(barrier) : "memory");
@@ -83,15 +37,6 @@ DEVICE void write_four(u32 at, float4 x) {
 }
 
 DEVICE float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE u32 halves(float low, float high) {  // rounded
-  u32 x;
-#if FP16
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-#endif
-  return x;
-}
 DEVICE u32 out_halves(float low, float high) {
   u32 x;
 #if OUT_FP16

@@ -55,14 +55,13 @@ class Variant(NamedTuple):
 @functools.cache
 def _source(variant: Variant) -> str:
     constants = {**variant._asdict(), "keys": variant.keys}
-    defines = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in constants.items())
     products = (_multiply("keys", variant.keys, variant.fp16), _multiply("d", variant.d, variant.fp16))
     kernel = "hopper_wide_backward.cu" if variant.backward else "hopper_wide_forward.cu"
     common, passes, entry = (
         Path(__file__).with_name(name).read_text(encoding="utf-8")
         for name in ("hopper_wide.cuh", kernel, "hopper_wide_entry.cuh")
     )
-    return "\n".join([defines, common, *products, passes, entry])
+    return nvrtc.assembled(constants, common, *products, passes, entry)
 
 
 def _multiply(name: str, columns: int, fp16: bool) -> str:

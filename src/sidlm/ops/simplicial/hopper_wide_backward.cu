@@ -18,7 +18,7 @@ DEVICE void stream_keys(const Arguments& a, const TensorMap* k_map, const Tensor
       barrier_expect(full, SLOT);
 #pragma unroll
       for (int box = 0; box < 2 * BOXES; box++)
-        load_box(to + box * BOX, box < BOXES ? k_map : v_map, job.group * 2 * D + box % BOXES * 128, row, full);
+        load_box_for_all(to + box * BOX, box < BOXES ? k_map : v_map, job.group * 2 * D + box % BOXES * 128, row, full);
       ring.next();
     }
   }

@@ -18,7 +18,7 @@ DEVICE void stream_keys(const Arguments& a, const TensorMap* k_map, const Tensor
     barrier_expect(full, SLOT);
 #pragma unroll
     for (int box = 0; box < BOXES; box++)
-      load_box(base + ring.slot * SLOT + box * BOX + part * 128, map, column + box * 128, row + part, full);
+      load_box_for_all(base + ring.slot * SLOT + box * BOX + part * 128, map, column + box * 128, row + part, full);
     ring.next();
   };
   int old_row = 0, old_column = -1;

@@ -1,6 +1,8 @@
 """The function as library operators with their gradient: one node to autograd and to torch.compile.
 
 `enabled` is read while the operators run, and nothing depends on it but what they compute: shapes are the same.
+`form` says all that the shapes of what is kept depend on besides the arguments (`Steps.form`). So it is in the graph,
+and a cache of compiled graphs, which outlives a process, has another one for another choice of packed or not.
 """
 
 import importlib
@@ -20,6 +22,19 @@ MODULES = {"triton": "gpu", "eager": "eager"}
 
 def _steps(impl: str) -> Steps:
     return importlib.import_module(f"sidlm.ops.sparse24.{MODULES[impl]}").steps()
+
+
+@torch.compiler.assume_constant_result
+def _form(impl: str, device: torch.device, dtype: torch.dtype, sparse: bool, fp8: bool) -> str:
+    """What `torch.compile` writes into the graph, where it asks while it traces."""
+    return _steps(impl).form(device, dtype, fp8) if sparse else ""
+
+
+def _check_form(form: str, impl: str, x: Tensor, recipe: Recipe) -> None:
+    """Raise RuntimeError if what is kept would not have the shapes that were said when the call was compiled."""
+    now = _form(impl, x.device, x.dtype, recipe.sparse, recipe.fp8)
+    if form != now:
+        raise RuntimeError(f"squared_relu_ffn was compiled for {form!r}, but now is {now!r}: compile it again")
 
 
 def _sparse_now(recipe: Recipe, enabled: Tensor | None) -> bool:
@@ -56,12 +71,14 @@ def _nested(values: Tensor, metadata: Tensor, scale: Tensor, counts: Tensor, y1:
 @torch.library.custom_op("sidlm::squared_relu_ffn", mutates_args=())
 def _ffn(
     x: Tensor, w_up: Tensor, w_down: Tensor, enabled: Tensor | None, stats: Tensor | None, keep: bool, measure: bool,
-    impl: str, sparse: bool, fp8: bool, dense_features: float, permute_tokens: bool, reuse_mask: bool,
+    impl: str, form: str, sparse: bool, fp8: bool, dense_features: float, permute_tokens: bool, reuse_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out (..., d_out); statistics of the forward pass, if measured; what is kept. The gradient alone uses stats."""
     recipe = Recipe(sparse, fp8, dense_features, permute_tokens, reuse_mask)
+    if keep:
+        _check_form(form, impl, x, recipe)
     if not x.numel():
-        return _empty(x, w_up, w_down, enabled, stats, keep, measure, impl, *recipe)
+        return _empty(x, w_up, w_down, enabled, stats, keep, measure, impl, form, *recipe)
     with torch.autocast(x.device.type, enabled=False):
         on = _sparse_now(recipe, enabled)
         out, kept, shares = forward(_steps(impl), _rows(x), w_up, w_down, on, keep, measure, recipe)
@@ -69,7 +86,7 @@ def _ffn(
 
 
 @_ffn.register_fake
-def _empty(x, w_up, w_down, enabled, stats, keep, measure, impl, *recipe):
+def _empty(x, w_up, w_down, enabled, stats, keep, measure, impl, form, *recipe):
     recipe, kept = Recipe(*recipe), Kept()
     if keep and recipe.sparse:
         kept = Kept(*unwritten_act(_steps(impl), _rows(x), w_up, recipe))
@@ -82,13 +99,14 @@ def _empty(x, w_up, w_down, enabled, stats, keep, measure, impl, *recipe):
 @torch.library.custom_op("sidlm::squared_relu_ffn_backward", mutates_args=())
 def _ffn_backward(
     g: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, values: Tensor, metadata: Tensor, scale: Tensor, counts: Tensor,
-    y1: Tensor, enabled: Tensor | None, impl: str, sparse: bool, fp8: bool, dense_features: float,
+    y1: Tensor, enabled: Tensor | None, impl: str, form: str, sparse: bool, fp8: bool, dense_features: float,
     permute_tokens: bool, reuse_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w_up, w_down, and the statistics of the backward pass, float32 (2,)."""
     if not x.numel():
         return _zeros(g, x, w_up, w_down)
     recipe = Recipe(sparse, fp8, dense_features, permute_tokens, reuse_mask)
+    _check_form(form, impl, x, recipe)
     kept = _nested(values, metadata, scale, counts, y1)
     with torch.autocast(x.device.type, enabled=False):
         on = _sparse_now(recipe, enabled)
@@ -103,20 +121,20 @@ def _zeros(g, x, w_up, w_down, *others):
 
 
 def _setup_context(ctx, inputs, output):
-    x, w_up, w_down, enabled, stats, _, _, impl, *recipe = inputs
+    x, w_up, w_down, enabled, stats, _, _, *settings = inputs
     _, shares, *kept = output
     ctx.mark_non_differentiable(shares, *kept)
     ctx.set_materialize_grads(False)  # or zeros would be made for what is kept
     ctx.save_for_backward(x, w_up, w_down, *kept, enabled)
     # not saved: the caller writes it after this, and a second backward pass writes it again
-    ctx.stats, ctx.settings = stats, (impl, *recipe)
+    ctx.stats, ctx.settings = stats, settings
 
 
 def _backward(ctx, grad_out, *_):
     *grads, dropped = _ffn_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.settings)
     if ctx.stats is not None:
         ctx.stats[2:4].copy_(dropped)
-    return *grads, *(None,) * 10
+    return *grads, *(None,) * 11
 
 
 _ffn.register_autograd(_backward, setup_context=_setup_context)
@@ -129,5 +147,6 @@ def run(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (..., d_out) and, if measure, the statistics of the forward pass, float32 (5,); stats gets the others."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_up, w_down))
-    out, shares, *_ = _ffn(x, w_up, w_down, enabled, stats, keep, measure, impl, *recipe)
+    form = _form(impl, x.device, x.dtype, recipe.sparse, recipe.fp8)
+    out, shares, *_ = _ffn(x, w_up, w_down, enabled, stats, keep, measure, impl, form, *recipe)
     return out, shares

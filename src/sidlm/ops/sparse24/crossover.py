@@ -32,8 +32,9 @@ TABLE: tuple[Crossover, ...] = (
     Crossover("NVIDIA H200", True, 21504, 4096, 1024, 2048, 8192),
 )
 
-ASSUMED = 4096
-"""tokens, where nothing was measured"""
+ASSUMED, ASSUMED_STEP = 8192, 16384
+"""tokens forward and for a step, where nothing was measured. Of narrower layers there is one size, 8192 tokens with
+F 8192 and d 2048 (benchmarks/results/sparse24_h200.json): packing was a fifth faster forward, no faster as a step."""
 
 
 def nearest(device: str, fp8: bool, features: int) -> Crossover:
@@ -43,5 +44,11 @@ def nearest(device: str, fp8: bool, features: int) -> Crossover:
     one that was measured that one says nothing.
     """
     known = [x for x in TABLE if (x.device, x.fp8) == (device, fp8) and x.features <= 2 * features]
-    assumed = Crossover(device, fp8, features, 0, ASSUMED, ASSUMED, ASSUMED)
+    assumed = Crossover(device, fp8, features, 0, ASSUMED, ASSUMED_STEP, ASSUMED_STEP)
     return min(known, key=lambda x: abs(x.features - features), default=assumed)
+
+
+def steps(device: str, fp8: bool) -> str:
+    """Features and tokens of all entries that a step of this device and precision may go by."""
+    known = [f"{x.features}: {x.tokens}" for x in TABLE if (x.device, x.fp8) == (device, fp8)]
+    return ", ".join([*known, f"else {ASSUMED_STEP}"])

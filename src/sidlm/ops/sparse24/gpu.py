@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from sidlm import __version__
 from sidlm.ops.sparse24 import (
     backends,
     crossover,
@@ -170,6 +171,14 @@ def empty_packed(tokens: int, features: int, dtype: torch.dtype, device: torch.d
     columns = features // 2 + features // 8 // dtype.itemsize
     values = torch.empty(_up(tokens), columns, dtype=dtype, device=device)
     return Packed(values, torch.empty(tokens, 0, dtype=torch.uint8, device=device), scale)
+
+
+def form(device: torch.device, dtype: torch.dtype, fp8: bool) -> str:
+    """The backend, and from how many tokens on, by features, activations are packed for it."""
+    name, enough = _asked(FP8 if fp8 else dtype, device, 1 << 40)
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    always = "" if enough.tokens else ", always"  # for SID_IMPL names it
+    return f"{name}{always}; tokens by features {crossover.steps(model, fp8)}; sidlm {__version__}"
 
 
 def closed(x: Laid | Whole) -> Packed:
@@ -374,6 +383,7 @@ STEPS = Steps(
     transpose_rows=triton_transpose.transpose_rows,
     token_multiple=TOKENS,
     empty_packed=empty_packed,
+    form=form,
     products_into=products_into,  # pyright: ignore
     opened=opened,  # pyright: ignore
     counted=counted,  # pyright: ignore

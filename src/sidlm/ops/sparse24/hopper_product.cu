@@ -13,14 +13,6 @@
 // has BLOCKS times 64 rows of the tile in its registers. Blocks of a cluster have neighbouring rows and the same columns: each loads
 // a part of B's tile for all. Rows of 128 bytes of B, a stage, go through memory at a time.
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-#define DEVICE __device__ __forceinline__
-
-struct alignas(64) TensorMap { u64 opaque[16]; };
-
 constexpr int BM = 64 * BLOCKS * WARPGROUPS;
 constexpr int B_ROW = 128, A_ROW = SPARSE ? 64 : 128;        // bytes a stage has of a row
 constexpr int BK = B_ROW / BYTES;                            // columns of A and B in a stage
@@ -32,40 +24,6 @@ constexpr int PERIOD = 256 / BK;                             // stages that shar
 constexpr int E_SLOT = SPARSE ? BM * 32 : 0;
 constexpr int A_AT = STAGES * B_STAGE, E_AT = A_AT + STAGES * A_STAGE, BARRIERS_AT = E_AT + SLOTS * E_SLOT;
 
-DEVICE u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-DEVICE void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-DEVICE void barrier_arrive(u32 barrier, int block) {  // of another block of the cluster
-  asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-      " mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier), "r"(block) : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, int phase) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;}" ::"r"(barrier), "r"(phase) : "memory");
-}
-DEVICE void load(u32 to, const TensorMap* map, int x, int y, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-               ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier) : "memory");
-}
-DEVICE void load_part(u32 to, const TensorMap* map, int x, int y, u32 barrier) {  // to all blocks of the cluster
-  if (CLUSTER == 1) return load(to, map, x, y, barrier);
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-DEVICE u32 block_of_cluster() { u32 x; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x)); return x; }
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 // wgmma's description of a matrix in shared memory: rows of 64 or 128 bytes, swizzled by the copy engine, along K or,
 // turned, along N; there `box` bytes lie between one 64 columns and the next
 DEVICE u64 descriptor(u32 at, int row, int box = 16) {
@@ -80,16 +38,6 @@ DEVICE Tile tile_at(int i, int rows, int columns) {
   int height = min(GROUP, rows - first);
   i -= first * columns;
   return {first + i % height, i / height};
-}
-
-DEVICE u32 halves(float low, float high) {  // rounded
-  u32 x;
-#if FP16
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-#endif
-  return x;
 }
 
 // Of four neighbouring threads the k-th gives the i-th its x[i], and gets the i-th's x[k] as x[i].
@@ -258,19 +206,19 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
           u32 barrier = full + 8 * stage;
           barrier_wait(empty + 8 * stage, phase);
           barrier_expect(barrier, A_STAGE + B_STAGE + (more ? E_SLOT : 0));
-          load(base + A_AT + stage * A_STAGE, &a_map, step * A_ROW, m, barrier);
+          load_box(base + A_AT + stage * A_STAGE, &a_map, step * A_ROW, m, barrier);
           if (more) {
-            load(base + E_AT + slot * E_SLOT, &e_map, step / PERIOD * 32, m, barrier);
+            load_box(base + E_AT + slot * E_SLOT, &e_map, step / PERIOD * 32, m, barrier);
             slot = slot + 1 == SLOTS ? 0 : slot + 1;
           }
 #if TURNED
 #pragma unroll
           for (int box = block; box < B_BOXES; box += CLUSTER) {
-            load_part(base + stage * B_STAGE + box * B_BOX, &b_map, (n + 64 * box) * BYTES, step * BK, barrier);
+            load_box_for_all(base + stage * B_STAGE + box * B_BOX, &b_map, (n + 64 * box) * BYTES, step * BK, barrier);
           }
 #else
           int part = BN / CLUSTER * block;
-          load_part(base + stage * B_STAGE + part * B_ROW, &b_map, step * B_ROW, n + part, barrier);
+          load_box_for_all(base + stage * B_STAGE + part * B_ROW, &b_map, step * B_ROW, n + part, barrier);
 #endif
           if (++stage == STAGES) stage = 0, phase ^= 1;
         }

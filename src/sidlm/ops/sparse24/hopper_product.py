@@ -79,8 +79,7 @@ class Variant(NamedTuple):
 
 @functools.cache
 def _source(variant: Variant) -> str:
-    defines = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in variant._asdict().items())
-    return defines + _multiply(variant) + SOURCE.read_text(encoding="utf-8")
+    return nvrtc.assembled(variant._asdict(), _multiply(variant), SOURCE.read_text(encoding="utf-8"))
 
 
 def _multiply(variant: Variant) -> str:

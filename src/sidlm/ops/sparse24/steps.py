@@ -65,6 +65,8 @@ class Steps(NamedTuple):
     """length is T rounded up to a multiple of this, itself one of 8"""
     empty_packed: Callable[[int, int, torch.dtype, torch.device, bool], Packed] = empty_packed
     """(T, F, dtype, device, fp8) -> a Packed with the shapes, strides and dtypes of `pack_activation`'s, not written"""
+    form: Callable[[torch.device, torch.dtype, bool], str] = lambda *_: ""
+    """(device, dtype, fp8) -> in words, all that `empty_packed` decides by besides its arguments"""
     opened: Callable[[Packed], Any] = lambda act: act
     """What `pack_activation` made, as the other functions take it too, for less: the backward pass uses it thrice"""
     counted: Callable[[Any, Tensor], Tensor] = lambda act, counts: counts

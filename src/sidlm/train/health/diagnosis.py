@@ -13,8 +13,8 @@ from typing import Any
 from sidlm.train.health import files
 
 Finding = dict[str, Any]
-"""{"kind": killed, failed, hung, network, disagreement or stopped; "ranks": those at fault; "step", "phase",
-"collective": where it was noticed, or None; "time": of the first evidence; "line": all of it for people}"""
+"""{"kind": killed, failed, corruption, hung, network, disagreement or stopped; "ranks": those at fault; "step",
+"phase", "collective": where it was noticed, or None; "time": of the first evidence; "line": all of it for people}"""
 
 AFTER_A_NOTE = 1.5
 """Seconds from the first error that a death may have caused until a survivor has seen the dead"""
@@ -74,6 +74,9 @@ def failed(notes: dict[int, Any]) -> Finding | None:
     if not own:
         return None
     note = min(own, key=lambda one: one["time"])
+    if note.get("ranks"):
+        line = note["error"].partition(": ")[2]
+        return finding("corruption", note["ranks"], note, None, note["time"], line, error=note["error"])
     line = f"{name(note)} failed {at(note)}: {note['error']}"
     return finding("failed", [note["rank"]], note, note["collective"], note["time"], line, error=note["error"])
 

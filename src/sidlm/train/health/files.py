@@ -17,8 +17,9 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SIZE = 4096
 """Bytes of a beat or a note; longer ones lose the end of their texts"""
@@ -59,23 +60,26 @@ class Place:
     """SIZE bytes on the disk for one JSON object, taken at once. Nothing here raises: health must not end a run."""
 
     def __init__(self, path: Path) -> None:
-        self.handle: int | None = None
+        self.lock = threading.Lock()
+        self.file: IO[bytes] | None = None
         with contextlib.suppress(OSError):
-            self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            os.pwrite(self.handle, b" " * SIZE, 0)
+            self.file = path.open("wb", buffering=0)
+            self.file.write(b" " * SIZE)
 
     def write(self, record: Record) -> None:
         text = json.dumps(record)
         if len(text) > SIZE:
             text = json.dumps({key: value[:200] if isinstance(value, str) else value for key, value in record.items()})
-        if self.handle is not None and len(text) <= SIZE:
-            with contextlib.suppress(OSError):
-                os.pwrite(self.handle, text.encode().ljust(SIZE), 0)
+        if self.file is not None and len(text) <= SIZE:
+            with self.lock, contextlib.suppress(OSError):
+                self.file.seek(0)
+                self.file.write(text.encode().ljust(SIZE))
 
     def close(self) -> None:
-        if self.handle is not None:
-            os.close(self.handle)
-        self.handle = None
+        with self.lock:
+            if self.file is not None:
+                self.file.close()
+            self.file = None
 
 
 def write(path: Path, record: Record) -> None:

@@ -25,6 +25,7 @@ from sidlm.errors import SidError
 from sidlm.parallel.config import launched
 from sidlm.train.health import dump, files, peers
 from sidlm.train.health.diagnosis import diagnose
+from sidlm.train.health.slow import Slowness
 from sidlm.train.processes import Processes
 
 PATIENT = 6
@@ -60,6 +61,8 @@ class Health:
         self.out, self.group, self.seconds = out, group, seconds
         self.rank = group.rank
         self.peers = group.everyone(peers.this(self.rank))
+        self.to_keep: deque[files.Record] = deque()
+        """for history.jsonl; on a full disk it waits"""
         self.before = self._history() if group.first else []
         """lines on how earlier starts ended, said by the first process"""
         self.tick = beat_seconds(group.count)
@@ -67,8 +70,8 @@ class Health:
         self.longest, self.steps_here, self.beaten = 0.0, 0, 0.0
         self.gone: dict[int, dict[str, Any]] = {}
         self.noted_failure = False
+        self.slowness = Slowness(self.rank, group.count)
         self.hang: files.Record = {}
-        self.to_keep: deque[files.Record] = deque()
         self.links: list[dict[str, Any]] = []
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.folder = self._folder()
@@ -89,16 +92,18 @@ class Health:
         for number, folder in files.starts(self.out):
             finding = None if number in known else diagnose(folder)
             if finding is not None:
-                files.add_history(self.out, finding | {"start": number})
+                self.to_keep.append(finding | {"start": number})
                 lines.append(str(finding["line"]))
         return lines
 
     def __enter__(self) -> Health:
         self._write_beat()
+        self._keep_events()
         self.stacks: TextIO | None = None
-        with contextlib.suppress(OSError, AttributeError):  # no such signal on Windows
-            self.stacks = (self.folder / f"rank-{self.rank}.stacks.txt").open("w", encoding="utf-8")
-            faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)
+        if hasattr(signal, "SIGUSR2"):  # not on Windows
+            with contextlib.suppress(OSError):
+                self.stacks = (self.folder / f"rank-{self.rank}.stacks.txt").open("w", encoding="utf-8")
+                faulthandler.register(signal.SIGUSR2, self.stacks, all_threads=True)
         self.thread = threading.Thread(target=self._watch, name="health", daemon=True)
         self.thread.start()
         return self
@@ -126,6 +131,7 @@ class Health:
         now = time.time()
         if self.phase == "step":
             self.steps_here += 1
+            self.slowness.done(self.step, self.since, now - self.since)
             if self.steps_here > 1:  # the first one compiles
                 self.longest = max(self.longest, now - self.since)
         self.step = self.step if step is None else step
@@ -142,11 +148,16 @@ class Health:
             self.failed(error)
             raise
 
-    def survived(self, kind: str, line: str, *, ranks: list[int] | None = None) -> None:
+    def survived(self, kind: str, line: str, *, ranks: list[int] | None = None, step: int | None = None) -> None:
         """Keep, in history.jsonl, what went wrong and did not end the run; in one of the processes. ranks: at fault,
-        this one if none are named. On a full disk it waits until there is room."""
+        this one if none are named; step: the current one. On a full disk it waits until there is room."""
         ranks = [self.rank] if ranks is None else ranks
-        where = {"step": self.step, "phase": self.phase, "collective": None, "time": time.time()}
+        where = {
+            "step": self.step if step is None else step,
+            "phase": self.phase,
+            "collective": None,
+            "time": time.time(),
+        }
         start = int(self.folder.name.removeprefix("start-")) if self.folder.name != "none" else 0
         self.to_keep.append({"kind": kind, "ranks": ranks} | where | {"line": line, "start": start, "survived": True})
 
@@ -164,6 +175,7 @@ class Health:
             "follows": follows,
             "collective": dump.waiting(seen) or (seen[-1] if seen and follows else None),
             "lost": self._lost() if follows else [],
+            "ranks": getattr(error, "ranks", None),  # whom all processes found to have computed wrong numbers
         }
         self.note.write(note)
         deadline = time.monotonic() + 1.0
@@ -211,13 +223,24 @@ class Health:
     def _watch(self) -> None:
         while not self.ended.wait(self.tick):
             self._write_beat()
-            self._keep_events()
             self.look_at_peers()
             if self.steps_here and not self.links:
                 self._keep_links()
+            self._look_at_slow_steps()
+            self._keep_events()
             if self.overdue() or (self.group.count > 1 and (self.folder / "hang").exists()):
                 self._hung()
                 return
+
+    def _look_at_slow_steps(self) -> None:
+        with contextlib.suppress(OSError):
+            self.slowness.write(self.folder)
+            if self.group.first and self.slowness.judged is not None:
+                found = self.slowness.judge(self.folder, files.read_ranks(self.folder, ""))
+                if found is not None:
+                    rank, step, line = found
+                    self.survived("slow", line, ranks=[rank], step=step)
+                    print(f"sid: {line}", file=sys.stderr, flush=True)
 
     def _keep_links(self) -> None:
         """Who talks to whom, while all of them can."""
@@ -285,8 +308,9 @@ class Health:
         }  # fmt: skip
 
     def _keep_events(self) -> None:
-        while self.to_keep and files.add_history(self.out, self.to_keep[0]):
-            self.to_keep.popleft()
+        with self.lock:
+            while self.to_keep and files.add_history(self.out, self.to_keep[0]):
+                self.to_keep.popleft()
 
     def _write_beat(self) -> None:
         self.beaten = time.time()

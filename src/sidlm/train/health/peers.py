@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ class Peer(NamedTuple):
         return bool(self.machine) and self.machine == machine()
 
 
+@functools.cache
 def machine() -> str:
     """This boot and this namespace of pids."""
     with contextlib.suppress(OSError):

@@ -1,0 +1,122 @@
+"""Which process is slow. All of them end a step together, so what counts is the time that a process does not wait.
+
+Measured are two parts of a step in which nobody waits for another process: the forward passes of the blocks, whose
+weights are gathered before (on CUDA by events on the stream of the computation), and what Python does between the last
+message of a step and the first one of the next: optimizer, data, logging. Messages of tensor or context parallelism lie
+inside of a block: there all processes of one such group are as slow as their slowest.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidlm.nn.block import Block
+from sidlm.train.processes import Processes
+
+SLOW = 1.3
+"""Times the median of its peers from which on a process is called slow"""
+IN_A_ROW = 2
+"""Intervals for which it must have been"""
+
+
+class Pace:
+    """One process's part. `pause` before the first message of a step, `resume` behind the last one."""
+
+    def __init__(self, model: nn.Module, group: Processes, device: torch.device) -> None:
+        self.group = group
+        self.stage = 0 if group.mesh is None else group.mesh.get_local_rank("pp")
+        self.cuda = device.type == "cuda"
+        self.warm = False
+        self.since: float | None = None
+        self.seconds, self.steps, self.wall, self.tokens, self.used = 0.0, 0, 0.0, 0, 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.begun: Any = None
+        self.slow: tuple[int, int] = (-1, 0)
+        """which process, for how many intervals"""
+        self.named = -1
+        if group.count > 1:
+            for block in model.modules():
+                if isinstance(block, Block):  # behind FSDP's own hooks: the weights are there
+                    block.register_forward_pre_hook(self._begin)
+                    block.register_forward_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        if self.cuda:
+            self.begun = torch.cuda.Event(enable_timing=True)
+            self.begun.record()
+        else:
+            self.begun = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        if self.cuda:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self.events.append((self.begun, end))
+        else:
+            self.seconds += time.perf_counter() - self.begun
+
+    def resume(self) -> None:
+        """From here on the process is on its own."""
+        self.since = time.perf_counter()
+
+    def pause(self) -> None:
+        """From here on it may wait for others."""
+        if self.since is not None:
+            self.seconds += time.perf_counter() - self.since
+        self.since = None
+
+    def step_done(self, seconds: float, tokens: int, mfu: float) -> None:
+        """A step is over. tokens: of the whole batch. mfu: of this process in it."""
+        if not self.warm:  # what compiles is slow everywhere
+            self.warm = True
+            self.seconds, self.events = 0.0, []
+            return
+        self.steps += 1
+        self.wall += seconds
+        self.tokens += tokens
+        self.used += mfu * seconds
+
+    def report(self) -> tuple[dict[str, list[float]] | None, str | None, int]:
+        """(numbers of all processes since the last report, by rank; a line if another process is slow now, or none any
+        more; its rank or -1), the same on all processes. Tokens are shared out evenly, speeds are by each process's
+        own clock."""
+        if self.group.count == 1 or not self.steps:
+            return None, None, -1
+        tokens_per_second, mfu = self.tokens / self.group.count / self.wall, self.used / self.wall
+        own = self.seconds + sum(a.elapsed_time(b) for a, b in self.events if b.query()) / 1000
+        steps, wall = self.steps, self.wall
+        rows = self.group.numbers([own / steps, tokens_per_second, mfu, float(self.stage)])
+        self.seconds, self.events, self.steps, self.wall, self.tokens, self.used = 0.0, [], 0, 0.0, 0, 0.0
+        local, speeds, mfus, stages = (list(column) for column in zip(*rows, strict=True))
+        line, rank = self._judge(local, stages, steps, wall / steps)
+        return {"local_seconds": local, "tokens_per_second": speeds, "mfu": mfus}, line, rank
+
+    def _judge(self, local: list[float], stages: list[float], steps: int, wall: float) -> tuple[str | None, int]:
+        ratios, medians = [], []
+        for rank, seconds in enumerate(local):
+            peers = [s for other, s in enumerate(local) if stages[other] == stages[rank] and other != rank]
+            medians.append(statistics.median(peers) if peers else seconds)
+            ratios.append(seconds / medians[-1] if medians[-1] else 1.0)
+        worst = max(range(len(local)), key=lambda rank: ratios[rank])
+        if ratios[worst] < SLOW:
+            self.slow = (-1, 0)
+        else:
+            self.slow = (worst, self.slow[1] + 1 if self.slow[0] == worst else 1)
+        now = worst if self.slow[1] >= IN_A_ROW else -1 if self.slow[0] == -1 else self.named
+        if now == self.named:
+            return None, now
+        before, self.named = self.named, now
+        if now == -1:
+            return f"rank {before} is no longer slow", -1
+        host = self.group.everyone(socket.gethostname())[now]
+        lost = local[now] - medians[now]
+        return (
+            f"rank {now} ({host}) is slow: {ratios[now]:.1f}x the median of its peers over the last "
+            f"{steps * IN_A_ROW} steps, {1000 * lost:.0f} ms of a step of {1000 * wall:.0f} ms"
+        ), now
