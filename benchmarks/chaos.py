@@ -49,7 +49,7 @@ def worker(argv: list[str], faults: list[Fault], folder: str, disk: str, slow: f
     import torch
 
     from sidlm.cli.main import main
-    from sidlm.train import hardware, loop, processes
+    from sidlm.train import hardware, processes, train_step
     from sidlm.train.health.monitor import Health
 
     rank = int(os.environ["RANK"])
@@ -59,7 +59,7 @@ def worker(argv: list[str], faults: list[Fault], folder: str, disk: str, slow: f
     torch.set_num_threads(1)
     hardware.peak_flops = lambda device, precision: hardware.Peak(1e11, "not of interest")
     injector = Injector(faults, rank, Path(folder), Path(disk), slow, SLOW_STEPS)
-    begin, compute = Health.at, loop.gradients
+    begin, compute = Health.at, train_step.gradients
 
     def at(self: Health, phase: str, step: int | None = None) -> None:
         begin(self, phase, step)
@@ -70,7 +70,7 @@ def worker(argv: list[str], faults: list[Fault], folder: str, disk: str, slow: f
         with injector.flipping(model):
             return compute(model, *rest)
 
-    Health.at, loop.gradients = at, gradients
+    Health.at, train_step.gradients = at, gradients
     processes.HEAD_START, processes.LAST_WORDS = 0.3, 0.6
     status = main(["train", *argv])
     sys.stdout.flush()

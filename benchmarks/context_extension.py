@@ -43,7 +43,7 @@ WHEN = ["in the morning", "at night", "every day", "near the sea", "with a smile
 
 
 def text(rng: random.Random, words: int) -> str:
-    """About so many words of hay, with a needle after any of them and its question at the end."""
+    """About so many words of hay, a needle before all of it or after any of them, and its question at the end."""
     if rng.random() < 0.5:
         hay = FILLER.split() * (words // len(FILLER.split()) + 2)
         first = rng.randrange(len(FILLER.split()))
@@ -54,8 +54,8 @@ def text(rng: random.Random, words: int) -> str:
             hay += " ".join(rng.choice(part) for part in (WHO, DOES, WHAT, WHEN)).split()
             hay[-1] += "."
     needle = f"The secret number of {rng.choice(KEYS)} is {rng.randrange(10**4, 10**5)}."
-    at = rng.randrange(len(hay) + 1)
-    return " ".join([*hay[:at], needle, *hay[at:], needle])
+    at = rng.choice((0, rng.randrange(len(hay) + 1)))
+    return " " + " ".join([*hay[:at], needle, *hay[at:], needle])  # a context of the test begins with a space, too
 
 
 def write(path: Path, seed: int, count: int, fewest: int, most: int) -> None:

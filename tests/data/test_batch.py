@@ -4,7 +4,7 @@ import torch
 
 from sidlm.data.loader import Batch
 from sidlm.data.packing import pack
-from sidlm.train.loop import arguments
+from sidlm.train.train_step import arguments
 
 
 def batch(*lengths: list[int]) -> Batch:

@@ -91,7 +91,7 @@ def test_a_step_on_packed_rows_takes_the_offsets(monkeypatch, layer_types):
     """Loss and gradients of a compiled model with documents told by offsets, and by doc_ids to dense masks."""
     from sidlm.data.loader import Batch
     from sidlm.models import SidForCausalLM, preset
-    from sidlm.train.loop import arguments
+    from sidlm.train.train_step import arguments
 
     torch.manual_seed(0)
     config = preset("nano", num_hidden_layers=2, layer_types=layer_types, sliding_window=40, simplicial_window=[32, 8])

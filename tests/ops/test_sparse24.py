@@ -516,5 +516,5 @@ def test_forward_and_backward_pass_are_of_one_implementation(kernels, monkeypatc
     monkeypatch.setitem(impls, "triton", here)
     tensors = inputs(7, 24)
     same(run(tensors, sparsity="2:4", impl="triton"), run(tensors, sparsity="2:4", impl="eager"))
-    assert kernels == ["triton", "triton"]
+    assert set(kernels) == {"triton"}
     assert autograd.MODULES.keys() == {"triton", "eager"}

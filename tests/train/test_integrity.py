@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sidlm.errors import SidError
-from sidlm.train import loop
+from sidlm.train import train_step
 from sidlm.train.integrity import Integrity, minority, words
 from sidlm.train.loop import train
 from sidlm.train.processes import Processes
@@ -77,7 +77,7 @@ def test_minority():
 def test_one_process_differs_from_itself(tmp_path, config, monkeypatch):
     """The run stops before the step, and its checkpoint is that of the step before."""
     cfg = config(tmp_path / "run", **{"train.verify_recompute_every": 2, "checkpoint.every": 1})
-    compute, count = loop.gradients, [0]
+    compute, count = train_step.gradients, [0]
 
     def faulty(model, *rest):
         loss = compute(model, *rest)
@@ -86,11 +86,11 @@ def test_one_process_differs_from_itself(tmp_path, config, monkeypatch):
             model.lm_head.weight.grad.view(torch.int32)[0, 0] ^= 1
         return loss
 
-    monkeypatch.setattr(loop, "gradients", faulty)
+    monkeypatch.setattr(train_step, "gradients", faulty)
     with pytest.raises(SidError, match=r"at step 4: rank 0 .* another gradient of (lm_head|model.embed_tokens).weight"):
         train(cfg)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-00000003"
-    monkeypatch.setattr(loop, "gradients", compute)
+    monkeypatch.setattr(train_step, "gradients", compute)
     assert train(cfg).step == 8
 
 

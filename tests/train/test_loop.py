@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sidlm.cli.train import main
 from sidlm.errors import SidError
-from sidlm.train import checkpoint, folder, loop
+from sidlm.train import checkpoint, folder, loop, train_step
 from sidlm.train.metrics import JsonLines, read_json_lines
 
 NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens", "valid", "sparsity")
@@ -204,7 +204,7 @@ def test_one_process_for_one_folder(tmp_path, argv):
 @pytest.fixture
 def poison(monkeypatch):
     """poison({3}) makes the gradient of the third batch nan, whenever it is computed."""
-    real = loop.gradients
+    real = train_step.gradients
 
     def install(calls):
         seen = []
@@ -217,7 +217,7 @@ def poison(monkeypatch):
                 next(model.parameters()).grad[0, 0] = float("nan")
             return loss
 
-        monkeypatch.setattr(loop, "gradients", gradients)
+        monkeypatch.setattr(train_step, "gradients", gradients)
 
     return install
 

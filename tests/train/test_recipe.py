@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sidlm.cli.train import main
 from sidlm.data.phases import Phase, last_steps, phase_at, plan_phases, tokens_before
 from sidlm.errors import SidError
-from sidlm.train import checkpoint, loop
+from sidlm.train import checkpoint, loop, train_step
 from sidlm.train.config import load_config
 from sidlm.train.metrics import read_json_lines
 from sidlm.train.optim import make_optimizer, set_learning_rate
@@ -183,7 +183,7 @@ def test_mistakes(tmp_path, argv, setting, message):
 
 def test_a_spike_is_left_out(tmp_path, argv, monkeypatch):
     """A gradient of a thousand times the usual size changes nothing, is logged, and the run goes on."""
-    real, calls = loop.clip_gradients, iter(range(1, 1000))
+    real, calls = train_step.clip_gradients, iter(range(1, 1000))
 
     def clip(parameters, max_norm, *more):
         parameters = list(parameters)
@@ -192,7 +192,7 @@ def test_a_spike_is_left_out(tmp_path, argv, monkeypatch):
                 p.grad *= 1000
         return real(parameters, max_norm, *more)
 
-    monkeypatch.setattr(loop, "clip_gradients", clip)
+    monkeypatch.setattr(train_step, "clip_gradients", clip)
     assert main(argv(tmp_path, **{"train.steps": 24, "spikes.threshold": 10, "checkpoint.every": 0})) == 0
     skipped = {r["step"]: r["skipped"] for r in read_json_lines(tmp_path / "metrics.jsonl") if "skipped" in r}
     assert set(skipped) == {20, 22} and "spike: the gradient norm is" in skipped[20]

@@ -12,6 +12,7 @@ from sidlm.nn import SquaredReLUFeedForward
 from sidlm.train import loop
 from sidlm.train.config import SparsityConfig, load_config
 from sidlm.train.metrics import _scalars, read_json_lines
+from sidlm.train.processes import Processes
 from sidlm.train.sparsity import STATISTICS, measured, sparse_layers, switch
 
 SIZES = ["hidden_size=32", "num_attention_heads=2", "num_key_value_heads=1", "head_dim=16", "num_hidden_layers=4",
@@ -131,7 +132,7 @@ def test_layers_are_measured_and_switched_in_place():
     assert all(layer.enabled is one for layer, one in zip(layers, switches, strict=True)) and mlps[1].enabled.item()
     mlps[0].statistics.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0, float("nan")]))
     mlps[2].statistics.copy_(torch.tensor([6.0, 7.0, 8.0, 9.0, 10.0]))
-    assert measured(layers) == {
+    assert measured(None, layers, Processes()) == {
         "zeros": [1, 6], "dropped": [2, 7], "dropped_act_t": [3, 8], "dropped_dact_t": [4, 9], "threshold": [None, 10],
     }  # fmt: skip
 
@@ -146,6 +147,7 @@ import torch
 from sidlm.models import SidForCausalLM, preset
 from sidlm.train import sparsity
 from sidlm.train.config import SparsityConfig
+from sidlm.train.processes import Processes
 
 def run(compiled):
     torch.manual_seed(0)

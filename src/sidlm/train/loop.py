@@ -9,26 +9,19 @@ computed without.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sidlm import __version__
 from sidlm.errors import SidError
-from sidlm.nn.moe import MoEFeedForward
-from sidlm.parallel.config import launched
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.average import Average
 from sidlm.train.build import Text, build_model, open_text
@@ -39,21 +32,23 @@ from sidlm.train.layers import LayerStatistics
 from sidlm.train.ledger import Ledger, summary
 from sidlm.train.metrics import NoLog, RunLog, finite
 from sidlm.train.observe import validate, write_samples
-from sidlm.train.optim import Optimizer, clip_gradients, make_optimizer, optimizer_tensors, set_learning_rate
+from sidlm.train.optim import make_optimizer, optimizer_tensors, set_learning_rate
 from sidlm.train.processes import Processes
 from sidlm.train.ranklog import RankLog
-from sidlm.train.recipe import anneal_steps, micro_batch_rows
+from sidlm.train.recipe import anneal_steps
 from sidlm.train.report import write_report
 from sidlm.train.saving import Saver
 from sidlm.train.schedule import learning_rate
+from sidlm.train.signals import StopSignals
+from sidlm.train.speed import SpeedMeter
 from sidlm.train.spikes import SpikeGuard
 from sidlm.train.stragglers import Pace
 from sidlm.train.trace import Tracer
+from sidlm.train.train_step import Watch, train_step
 
 if TYPE_CHECKING:
     from sidlm.data.loader import Batch
     from sidlm.data.phases import PhasedLoader
-    from sidlm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +71,6 @@ class TrainResult:
     """the run folder"""
     signal: int = 0
     """number of the signal that ended the run early, else 0"""
-
-
-class Watch(NamedTuple):
-    """What looks at a step from inside."""
-
-    integrity: Integrity
-    layers: LayerStatistics
-    pace: Pace
 
 
 @dataclass
@@ -293,49 +280,6 @@ def run(
     )  # fmt: skip
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batch: Batch,
-    cfg: RunConfig,
-    device: torch.device,
-    precision: str,
-    group: Processes,
-    pipeline: Pipeline | None,
-    guard: SpikeGuard,
-    watch: Watch,
-    step: int,
-) -> tuple[float, float, str | None]:
-    """One optimizer step on a global batch, of which this process has some rows; (loss in nats per token, gradient
-    norm before clipping, why the guard left the step out if it did), the same on all processes.
-
-    The loss is the sum over all tokens that have a label, divided by their number in the WHOLE batch: it does not
-    depend on how the batch is cut into micro-batches. Where loss or norm is not finite, the weights stay as they are.
-    """
-    watch.pace.pause()
-    labelled = group.sum_rows(int((batch.labels != -100).sum()))
-    again = functools.partial(gradients, model, batch, labelled, cfg, device, precision, group, pipeline)
-    loss = group.sum_tokens(again())
-    watch.integrity.gradients(step + 1, again)
-    watch.layers.gradients()
-    norm = clip_gradients(model.parameters(), cfg.optim.clip_norm, pipeline)
-    # the one wait for the device in a step: the optimizer's work and the next step are queued behind it
-    loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
-    watch.pace.resume()
-    ok = math.isfinite(loss_value) and math.isfinite(norm_value)
-    if not ok:
-        watch.pace.pause()
-        watch.integrity.not_finite(step + 1, again)
-    spike = guard.judge(loss_value, norm_value) if ok else None
-    ok = ok and spike is None
-    if ok:
-        optimizer.step()
-    watch.pace.pause()
-    update_balance(model, ok, group)
-    optimizer.zero_grad(set_to_none=True)
-    return loss_value, norm_value, spike
-
-
 def compare_ranks(pace: Pace, record: dict[str, Any], log: RunLog | NoLog, health: Health, group: Processes) -> None:
     """The speed of each process into the record, and a line once one is slow, or is no longer."""
     numbers, line, rank = pace.report()
@@ -345,33 +289,6 @@ def compare_ranks(pace: Pace, record: dict[str, Any], log: RunLog | NoLog, healt
         log.say(f"step {record['step']}: {line}")
         if rank >= 0:
             health.survived("slow", line, ranks=[rank])
-
-
-def gradients(
-    model: nn.Module,
-    batch: Batch,
-    labelled: int | torch.Tensor,
-    cfg: RunConfig,
-    device: torch.device,
-    precision: str,
-    group: Processes,
-    pipeline: Pipeline | None,
-) -> torch.Tensor:
-    """Forward and backward pass of a process's rows; their loss, a tensor ()."""
-    rows = micro_batch_rows(cfg, batch.tokens.shape[1])
-    if pipeline is not None:
-        return pipeline.step(arguments(batch, device), num_items=labelled, micro_batch_size=rows or 1)
-    rows = rows or len(batch)
-    # a sharded model casts its weights itself, once for each time that it gathers them
-    autocast = "fp32" if group.mesh is not None else precision
-    loss = torch.zeros((), device=device)
-    for first in range(0, len(batch), rows):
-        part = arguments(batch[first : first + rows], device, offsets=device.type == "cuda" and cfg.parallel.cp == 1)
-        with hardware.autocast(device, autocast):
-            micro_loss = model(**part, num_items_in_batch=labelled, use_cache=False).loss
-        micro_loss.backward()
-        loss += micro_loss.detach()
-    return loss
 
 
 def in_use(average: Average | None) -> AbstractContextManager[None]:
@@ -408,32 +325,6 @@ def export(out: Path, model: Any, text: Text, group: Processes, saver: Saver) ->
             copies[place] = t.detach().to("cpu", copy=True)
         weights[name] = copies[place]
     saver.background(lambda: folder.export_model(out, whole, weights, text.tokenizer))
-
-
-def arguments(rows: Batch, device: torch.device, *, offsets: bool = False) -> dict[str, Any]:
-    """Rows of a batch on the host as the model takes them on a device.
-
-    What is looked at here needs no wait for the device: rows of one document each are told by nothing, which is plain
-    causal attention. offsets: whether documents in packed rows are told by where they begin, too.
-    """
-    placed = rows.to(device, non_blocking=True)
-    found: dict[str, Any] = {"input_ids": placed.tokens, "shift_labels": placed.labels}
-    if rows.packed:
-        found |= {"position_ids": placed.positions, "doc_ids": placed.doc_ids}
-        if offsets:
-            starts, longest = rows.offsets()
-            found |= {"cu_seq_lens_q": starts.to(device, non_blocking=True), "max_length_q": longest}
-            # how many documents there are changes from batch to batch
-            torch._dynamo.maybe_mark_dynamic(found["cu_seq_lens_q"], 0)
-    return found
-
-
-def update_balance(model: Any, ok: bool, group: Processes) -> None:
-    """Balance the experts after a step; after a skipped one (rate 0) they only forget what it routed."""
-    rate = model.config.moe_balance_rate if ok else 0.0
-    for module in model.modules():
-        if isinstance(module, MoEFeedForward):
-            module.update_balance(rate, group.tokens)
 
 
 def prefetched(loader: PhasedLoader, first: int, end: int, *, pin: bool) -> Iterator[tuple[int, Batch]]:
@@ -508,76 +399,3 @@ def headline(
         f"{precision} on {group.describe(device)}, {cfg.train.batch_size} x {cfg.data.seq_len} tokens a step, {start}; "
         f"peak: {meter.peak.source}"
     )
-
-
-class SpeedMeter:
-    """Tokens per second and MFU (model FLOPs of the achieved tokens over the device's peak)."""
-
-    def __init__(self, model: Any, cfg: RunConfig, peak: hardware.Peak, processes: int) -> None:
-        from sidlm.models.flops import train_flops_per_token
-
-        self.peak, self.processes = peak, processes
-        self.flops = functools.cache(lambda length: train_flops_per_token(model.config, length))
-        self.flops_per_token = self.flops(cfg.data.seq_len)
-        self.steps = 0
-        self.first = (0, 0.0)
-        self.rest = (0, 0.0)
-
-    def measure(self, tokens: int, seconds: float, length: int) -> dict[str, Any]:
-        """The record's fields about the speed of one step in rows of `length` tokens."""
-        self.steps += 1
-        if self.steps == 1:  # compilation, first allocations
-            self.first = (tokens, seconds)
-        else:
-            self.rest = (self.rest[0] + tokens, self.rest[1] + seconds)
-        speed = tokens / seconds
-        mfu = speed * self.flops(length) / (self.peak.flops * self.processes)
-        return {"step_tokens": tokens, "seconds": seconds, "tokens_per_second": speed, "mfu": mfu}
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over all steps but the first."""
-        tokens, seconds = self.rest if self.rest[0] else self.first
-        return tokens / seconds if seconds else 0.0
-
-    def facts(self) -> dict[str, Any]:
-        """For environment.json."""
-        return {
-            "peak_flops": self.peak.flops,
-            "peak_flops_source": self.peak.source,
-            "train_flops_per_token": self.flops_per_token,
-        }
-
-
-class StopSignals:
-    """Turns the first SIGINT or SIGTERM into `signal`, to be looked at between steps; the second one acts as usual.
-
-    Not so under torchrun, which sends one again at once to those that the terminal sent it, and kills in the end.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.patient = launched()
-        self.former: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self.former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        if not self.patient:
-            self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-        self.former = {}
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-        if error is not None and self.signal and self.patient:
-            signal.raise_signal(self.signal)  # torchrun ends what failed with another process: now, not after a wait
