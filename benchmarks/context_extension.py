@@ -91,11 +91,12 @@ def main() -> None:
         base, longer = folder / "base", folder / "longer"
         train = [
             "train", "configs/nano.yaml", "--model.arch", "llama", "--data.train", folder / "short.jsonl", *common,
-            "--data.vocab_size", 800, "--train.batch_size", 32, "--train.steps", args.steps, "--train.out", base,
+            "--data.vocab_size", 800, "--train.batch_size", 32, "--train.steps", args.steps, "--optim.name", "muon",
+            "--optim.lr", 1e-2, "--train.out", base,
         ]  # fmt: skip
         extend = [
             "extend", "--model.init_from", base, "--data.train", f"{folder}/short.jsonl=0.5",
-            f"{folder}/long.jsonl=0.5", *common, "--validation.every", 0, "--optim.lr", 1e-3,
+            f"{folder}/long.jsonl=0.5", *common, "--validation.every", 0, "--optim.name", "muon", "--optim.lr", 4e-3,
             "--schedule.warmup_steps", 5, "--extend.stages", *STAGES, "--extend.attempts", 8, "--train.out", longer,
         ]  # fmt: skip
         commands = [[*map(str, words)] for words in (train, extend)]
