@@ -108,7 +108,7 @@ def main() -> None:
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     result = {
         "commit": git.stdout.strip(),
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}, busy with other work",
+        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
         "command": shlex.join(["python", *sys.argv[:1], "--out", str(args.out), "--steps", str(args.steps)]),
         "commands": [shlex.join(["sid", *command]).replace(str(folder), "RUNS") for command in commands],
         "seed": 0,

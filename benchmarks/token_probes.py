@@ -19,6 +19,7 @@ import os
 import time
 import traceback
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ def main() -> None:
         while working and time.monotonic() < end:
             try:
                 row = lines.get(timeout=max(0.1, min(5.0, end - time.monotonic())))
-            except Exception:  # queue.Empty of another process's queue
+            except Empty:
                 continue
             if row is None:
                 working -= 1

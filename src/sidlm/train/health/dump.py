@@ -46,7 +46,7 @@ def collectives(last: int = 40) -> list[Collective]:
         from torch._C._distributed_c10d import _dump_fr_trace_json  # pyright: ignore[reportAttributeAccessIssue]
 
         trace = json.loads(_dump_fr_trace_json(True, False))
-    except Exception:  # another torch: the dump has stacks all the same
+    except (ImportError, RuntimeError, ValueError):  # another torch: the dump has stacks all the same
         return []
     known = groups()
     found = []
