@@ -145,7 +145,7 @@ class Reader:
     def _looking(self, look: Look) -> Iterator[None]:
         """`look` in the place of the loss, at scored positions alone."""
 
-        def see(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        def see(hidden: Any, weight: Tensor, labels: Tensor) -> Tensor:
             scored = labels >= 0
             hidden = hidden.to_local() if is_split(hidden) else hidden
             found = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)

@@ -87,7 +87,8 @@ class Saver:
 
         need: bytes.
         """
-        self.jobs.append(self.pool.submit(self._export, self.folder / f"step-{step:08d}", out, need, write))
+        if self.problem is None:
+            self.jobs.append(self.pool.submit(self._export, self.folder / f"step-{step:08d}", out, need, write))
 
     def finish(self, *, last: bool = False) -> None:
         """Wait for what was begun. last: raise SidError if the latest could not be written."""
