@@ -25,6 +25,8 @@ from sidlm.train.checkpoint import replacing, seal, write_json
 from sidlm.train.config import CheckpointConfig
 from sidlm.train.processes import Processes
 
+WRITERS = 64
+"""Most processes that share the work of an export: each of thousands would read the index of the checkpoint"""
 Write = Callable[[Path, Path, tuple[int, int]], None]
 """(checkpoint folder, folder to write, (index, count) of the processes that share the work)"""
 
@@ -139,9 +141,10 @@ class Saver:
                 except (SidError, OSError) as error:
                     problem = error
             temporary = self._told(temporary)
-            if temporary is not None:
+            writers = min(self.group.count, WRITERS)
+            if temporary is not None and self.group.rank < writers:
                 try:
-                    write(source, temporary, (self.group.rank, self.group.count))
+                    write(source, temporary, (self.group.rank, writers))
                 except (Exception, CheckpointException) as error:  # the others are waiting, whatever it is
                     problem = error
             problems = self._gathered(None if problem is None else str(problem))
