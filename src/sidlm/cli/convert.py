@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> Any:
         "convert",
         "Write a checkpoint in another layout, with bounded memory, and compare the logits of the two.\n"
         "Reads folders of transformers (Llama, Sid), Meta's (params.json, consolidated.*.pth) and checkpoints of a\n"
-        "training (RUN/checkpoints/step-*).",
+        "training (RUN/checkpoints/step-*, or RUN/checkpoints for the newest).",
         "  sid convert Llama-3.1-8B/original runs/llama-8b\n"
         "  sid convert runs/demo exported --to llama\n"
         "  sid convert runs/demo/checkpoints/step-00000100 exported-100\n"
@@ -151,13 +151,13 @@ def main(argv: list[str]) -> int:
     check(args)
     from sidlm.models.convert.check import random_prompt, text_loss
     from sidlm.models.convert.run import PROMPT, Cast, convert, open_checkpoint
-    from sidlm.train.checkpoint import replacing
+    from sidlm.train.checkpoint import numbered, replacing
     from sidlm.train.export import open_run_checkpoint
 
     out, folder = Path(args.out), Path(args.source)
     if out.exists():
         raise SidError(f"{out} exists: choose a new folder, a checkpoint is never overwritten")
-    if (folder / "state.json").is_file():
+    if (folder / "state.json").is_file() or numbered(folder):
         source: Checkpoint = open_run_checkpoint(folder)
     else:
         meta = (folder / "params.json").is_file()

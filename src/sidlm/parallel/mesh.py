@@ -82,6 +82,14 @@ def sum_over_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return _sum(x, tokens_mesh(mesh))
 
 
+@torch.no_grad()
+def largest_of_rows(number: int, mesh: DeviceMesh) -> int:
+    """The largest that the processes which read other rows give."""
+    found = torch.tensor(number, device=mesh.device_type)
+    dist.all_reduce(found, dist.ReduceOp.MAX, mesh["dp_replicate", "dp_shard"]._flatten("rows").get_group())
+    return int(found)
+
+
 def tokens_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The processes that see other tokens in the same layers, as one dimension."""
     return mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens")

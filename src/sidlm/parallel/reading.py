@@ -132,12 +132,17 @@ class Reader:
 
     def _through_stages(self, batch: dict[str, Tensor]) -> Tensor:
         assert self.pipeline is not None and self.mesh is not None
-        found = self.pipeline.forward(batch)
+        from sidlm.parallel.mesh import largest_of_rows
+
+        rows, length = batch["input_ids"].shape
+        # each row is a pass, for which FSDP gathers weights: other shares must do as many
+        missing = largest_of_rows(rows, self.mesh) - rows
+        found = self.pipeline.forward({key: torch.cat((x, x[-1:].expand(missing, -1))) for key, x in batch.items()})
+        if self.context is not None:
+            rows, length = 2 * rows, chunk_length(length, self.context.ranks)
         if found is None:
-            rows, length = batch["input_ids"].shape
-            if self.context is not None:
-                rows, length = 2 * rows, chunk_length(length, self.context.ranks)
             found = torch.zeros(rows * length, dtype=torch.float64, device=self.device)
+        found = found[: rows * length]
         dist.all_reduce(found, group=self.mesh["pp"].get_group())  # the last stage alone has any
         return found
 

@@ -20,7 +20,7 @@ from sidlm.models.config import SidConfig
 from sidlm.models.convert.run import write_config
 from sidlm.models.convert.safetensors_writer import write_safetensors
 from sidlm.models.convert.source import Entry, expected_tensors
-from sidlm.train import checkpoint
+from sidlm.train import checkpoint, folder
 from sidlm.train.checkpoint import Checkpoint, SafeReader
 
 if TYPE_CHECKING:
@@ -62,9 +62,15 @@ class RunCheckpoint:
 
 
 def open_run_checkpoint(path: Path) -> RunCheckpoint:
-    """The model in a checkpoint folder, whose files are compared with their checksums. Raises SidError if damaged."""
+    """The model in a checkpoint folder, or in the newest that is intact of a folder of checkpoints; files are compared
+    with their checksums. Raises SidError if damaged, or if there is none."""
     warnings.filterwarnings("ignore", message=checkpoint.ONE_PROCESS)
-    return RunCheckpoint(checkpoint.open_checkpoint(path))
+    if not checkpoint.numbered(path):
+        return RunCheckpoint(checkpoint.open_checkpoint(path))
+    found = checkpoint.newest_good(path, warn=folder.warn)
+    if found is None:
+        raise SidError(f"no checkpoint in {path} is intact")
+    return RunCheckpoint(found)
 
 
 def describe_model(config: SidConfig) -> dict[str, Any]:
@@ -73,7 +79,7 @@ def describe_model(config: SidConfig) -> dict[str, Any]:
 
 
 def export_model(
-    source: Path, folder: Path, share: tuple[int, int], *, generation: GenerationConfig, tokenizer: Tokenizer
+    source: Path, out: Path, share: tuple[int, int], *, generation: GenerationConfig, tokenizer: Tokenizer
 ) -> None:
     """This process's part of a folder of transformers: safetensors files of the model in a checkpoint that this run has
     just written; and, from the first process, config.json, the tokenizer and how the model is to be sampled.
@@ -82,8 +88,8 @@ def export_model(
     """
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))
     found = RunCheckpoint(Checkpoint(source, state))
-    write_safetensors(folder, found.tensors, found.read, share=share)
+    write_safetensors(out, found.tensors, found.read, share=share)
     if share[0] == 0:
-        write_config(folder, found, "sid")
-        generation.save_pretrained(folder)
-        tokenizer.save(folder)
+        write_config(out, found, "sid")
+        generation.save_pretrained(out)
+        tokenizer.save(out)
