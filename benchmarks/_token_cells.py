@@ -254,8 +254,8 @@ def plan(*, million: int = MILLION) -> list[Cell]:
     large = [core[v][s] for v in ("full", "sliding", "determinant") for s in pair]
     deeper = [core["deeper"][s] for s in sizes]
     return [
-        *cheap["l"], *small, *cheap["m"], *deeper, *search, *large, *ablations, *sparse, *again,
-        *(core["trilinear"][s] for s in pair), *rates, *longer, *noise, *more,
+        cell("noise", "s", "full", four, LENGTHS[:3], repeat=1), *cheap["l"], *small, *cheap["m"], *deeper, *search,
+        *large, *ablations, *sparse, *again, *(core["trilinear"][s] for s in pair), *rates, *longer, *noise, *more,
     ]  # fmt: skip
 
 
@@ -275,7 +275,7 @@ def best(rows: list[dict[str, Any]], size: str, batch: int) -> str | None:
     several have reached at the size; None before that."""
     from _token_statistics import at_equal_flops
 
-    here = [row for row in rows if row["size"] == size and row["lr"] == 1 and row["batch"] == batch]
+    here = [r for r in rows if (r["size"], r["lr"], r["batch"], r["repeat"]) == (size, 1, batch, 0)]
     known = {v: {r["tokens"] for r in here if r["variant"] == v} for v in SEARCH}
     reached = [n for n in {n for tokens in known.values() for n in tokens} if sum(n in x for x in known.values()) > 1]
     found = {v: at_equal_flops(here, v, "full", size, max(reached)) for v in SEARCH if reached}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -39,10 +40,12 @@ from sidlm.train.schedule import ScheduleConfig, learning_rate
 ROWS = 16384
 
 
-def rows_of(task: Any, probe: Probe, ways: int) -> tuple[torch.Tensor, torch.Tensor]:
+@functools.lru_cache(maxsize=64)  # the variants of a task read the same rows
+def rows_of(name: str, examples: int, seed: int, ways: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, labels) of a model's training problems, each written in as many ways as fit, at most `ways`."""
-    found = problems(task, probe.examples, test=False, seed=probe.seed)
-    rng = np.random.default_rng([probe.seed, 3])
+    task = TASKS[name]()
+    found = problems(task, examples, test=False, seed=seed)
+    rng = np.random.default_rng([seed, 3])
     written = [batch(task, found, rng) for _ in range(max(1, min(ways, ROWS // len(found))))]
     tokens, labels = (np.concatenate(x) for x in zip(*written, strict=True))
     return torch.from_numpy(tokens), torch.from_numpy(labels)
@@ -58,7 +61,7 @@ def run(probes: list[Probe], ways: int, device: torch.device, say: Any) -> None:
         models.append(SidForCausalLM(made))
         models[-1].to(device).train()
     plain = copy.deepcopy(models[0])
-    texts = [[x.to(device) for x in rows_of(task, probe, ways)] for probe in probes]
+    texts = [[x.to(device) for x in rows_of(p.task, p.examples, p.seed, ways)] for p in probes]
     test = batch(task, problems(task, TEST_PROBLEMS, test=True, seed=0), np.random.default_rng(1))
     tried = [(test, [x[:TEST_PROBLEMS].cpu().numpy() for x in text]) for text in texts]
     model = together(models)

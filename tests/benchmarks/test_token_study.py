@@ -38,6 +38,20 @@ def test_the_plan_has_each_cell_once_and_whole_seeds():
     assert core == {(s, v, (0, 1, 2, 3), lengths) for s in ("xs", "s", "m", "l") for v in cells.CORE}
 
 
+def test_the_search_finds_what_is_best_at_equal_flops():
+    def row(variant, tokens, loss, cost):
+        place = {"size": "s", "lr": 1.0, "batch": 8, "repeat": 0, "seed": 0}
+        return place | {"variant": variant, "tokens": tokens, "loss": loss, "flops": cost * tokens}
+
+    found = [row("full", n, 9 * n**-0.1, 1.0) for n in (1_000, 2_000, 4_000)]
+    assert cells.best(found, "s", 8) is None
+    dear, cheap = cells.SEARCH[:2]
+    for n, better in ((1_000, 1.3), (2_000, 1.2)):
+        found += [row(dear, n, 9 * (better * n) ** -0.1, 1.25), row(cheap, n, 9 * (1.01 * n) ** -0.1, 1.0)]
+    found.append(row(dear, 4_000, 1.0, 1.25))  # reached by one alone
+    assert cells.best(found, "s", 8) == cheap and cells.best(found[:-1], "s", 4) is None
+
+
 def rows(values):
     base = {"size": "s", "steps": 1, "batch": 16, "lr": 1.0, "repeat": 0}
     return [base | {"variant": v, "seed": s, "loss": x, "tokens": 1} for (v, s), x in values.items()]
