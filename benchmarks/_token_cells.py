@@ -8,6 +8,7 @@ the same order. The order of the list is the order in which cells start.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -283,6 +284,7 @@ def best(rows: list[dict[str, Any]], size: str, batch: int) -> str | None:
     return min(means, key=lambda v: means[v]) if means else None
 
 
+@functools.cache
 def cost(cell: Cell) -> float:
     """Seconds that a cell takes of an H200, from the second study: most of a step is memory traffic and short kernels,
     whatever the width, and the portable 2-simplicial kernels reach 35 TFLOP/s."""

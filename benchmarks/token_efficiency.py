@@ -95,6 +95,7 @@ class Pool:
         self.retries: list[tuple[Cell, int]] = []
         self.workers = [self.start(i % max(1, gpus)) for i in range(workers * max(1, gpus))]
         self.end = 0.0
+        self.found: str | None = None
 
     def start(self, gpu: int) -> Worker:
         ours, theirs = self.context.Pipe()
@@ -133,8 +134,11 @@ class Pool:
             return cell
         others = [*self.queue, *(w.cell for w in self.workers if w.cell)]
         searched = [c for c in others if c.group == "search" and c.variant in cells.SEARCH]
-        found = None if searched else cells.best(self.results.rows, "toy" if cell.size == "toy" else "s", cell.batch)
-        return dataclasses.replace(cell, variant=found) if found else None
+        if self.found is None and not searched:
+            self.found = cells.best(self.results.rows, "toy" if cell.size == "toy" else "s", cell.batch)
+            if self.found:
+                self.results.say(f"the search has found {self.found}")
+        return dataclasses.replace(cell, variant=self.found) if self.found else None
 
     def assign(self, worker: Worker) -> bool:
         found = self.next()
