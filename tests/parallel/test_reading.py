@@ -19,7 +19,7 @@ def results(tmp_path_factory):
 
 
 def test_every_mesh_says_what_one_process_says(results):
-    assert len(results) == 12
+    assert len(results) == 13
     for case, found in results.items():
         assert found["nll"] < 1e-9, case  # of sums of up to 30 tokens, about 100 nats, in float64
         assert found["choices"] == found["needles"] == found["drawn"] == 0, case
@@ -27,4 +27,4 @@ def test_every_mesh_says_what_one_process_says(results):
 
 def test_a_step_after_a_look_is_that_of_one_process(results):
     steps = [found["step"] for found in results.values() if "step" in found]
-    assert len(steps) == 3 and max(steps) < 1e-12
+    assert len(steps) == 4 and max(steps) < 1e-12

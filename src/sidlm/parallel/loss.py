@@ -125,10 +125,10 @@ def vocab_parallel_nll(hidden: Tensor, weight: Any, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def vocab_parallel_choice(hidden: Tensor, weight: Any, noise: Tensor | None = None) -> Tensor:
+def vocab_parallel_choice(hidden: Tensor, weight: Any, labels: Tensor, noise: Tensor | None = None) -> Tensor:
     """The token of the largest logit (N,) int64, the first of equal ones, the same on every process.
 
-    noise: (V,), added to the logits.
+    noise: (R, V), of which row `label` is added to the logits; else labels are not looked at.
     """
     first, local, dtype, steps = _parts(hidden, weight)
     found, group = hidden.new_empty(len(hidden), dtype=torch.int64), weight.device_mesh.get_group()
@@ -137,7 +137,7 @@ def vocab_parallel_choice(hidden: Tensor, weight: Any, noise: Tensor | None = No
             part = slice(start, start + steps.step)
             logits = hidden[part].to(dtype) @ local.to(dtype).T
             if noise is not None:
-                logits = logits + noise[first : first + len(local)].to(logits.device)
+                logits = logits + noise[:, first : first + len(local)].to(logits.device)[labels[part]]
             if not len(local):  # more processes than rows
                 logits = logits.new_full((len(logits), 1), -torch.inf)
             own = logits.amax(dim=1)

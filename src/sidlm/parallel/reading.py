@@ -42,30 +42,31 @@ def nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def choice(hidden: Tensor, weight: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
     """The token of the largest logit at each position, what greedy decoding writes; of equal ones the first.
 
-    Labels are not looked at. noise: (V,), added to the logits.
+    noise: (R, V), of which row `label` is added to the logits; else labels are not looked at.
     """
     if is_split(weight):
         from sidlm.parallel.loss import vocab_parallel_choice
 
-        return vocab_parallel_choice(hidden, weight, noise)
+        return vocab_parallel_choice(hidden, weight, labels, noise)
     dtype, found = compute_dtype(hidden), []
     steps = chunks(len(hidden), len(weight), None, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in steps:
-            logits = hidden[start : start + steps.step].to(dtype) @ weight.to(dtype).T
-            found.append((logits if noise is None else logits + noise.to(logits.device)).argmax(-1))
+            part = slice(start, start + steps.step)
+            logits = hidden[part].to(dtype) @ weight.to(dtype).T
+            found.append((logits if noise is None else logits + noise.to(logits.device)[labels[part]]).argmax(-1))
     return torch.cat(found) if found else labels
 
 
-def sample(temperature: float, vocabulary: int, seed: int) -> Look:
-    """What draws a token from the distribution at this temperature: Gumbel noise makes the largest logit such a draw.
+def sample(temperature: float, vocabulary: int, seeds: Sequence[int]) -> Look:
+    """What draws a token from the distribution at this temperature, at a position of label r with the r-th seed.
 
-    The noise comes from a CPU, so the same seed draws the same on any mesh.
+    Gumbel noise makes the largest logit such a draw. It comes from a CPU: the same seed draws the same on any mesh.
     """
     if temperature == 0:
         return choice
-    uniform = torch.rand(vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    noise = -temperature * uniform.clamp_min(1e-30).log().neg().log()
+    draws = [torch.rand(vocabulary, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    noise = -temperature * torch.stack(draws).clamp_min(1e-30).log().neg().log()
     return functools.partial(choice, noise=noise.float())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,25 +67,32 @@ def write_samples(
 
     Every process calls it. A token is a forward pass over what is there, without a cache: on any mesh, as in training.
     """
+    starts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in cfg.samples.prompts]
+    texts = [list(ids) for ids in starts]
+    end = reader.model.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
     with observing(reader, precision):
-        for index, prompt in enumerate(cfg.samples.prompts):
-            ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-            start, seed = len(ids), cfg.train.seed + 1000 * step + index
-            while len(ids) < start + cfg.samples.max_new_tokens and (len(ids) == start or ids[-1] not in _ends(reader)):
-                ids.append(next_token(reader, ids, cfg.samples.temperature, seed * 100_003 + len(ids)))
-            log.sample(step, prompt, tokenizer.decode(ids[start:], skip_special=True))
+        for number in range(cfg.samples.max_new_tokens):
+            going = [i for i, ids in enumerate(texts) if len(ids) == len(starts[i]) + number and ids[-1] not in ends]
+            if not going:
+                break
+            seeds = [(cfg.train.seed + 1000 * step + i) * 100_003 + number for i in going]
+            drawn = next_tokens(reader, [texts[i] for i in going], cfg.samples.temperature, seeds)
+            for i, token in zip(going, drawn, strict=True):
+                texts[i].append(token)
+    for prompt, start, ids in zip(cfg.samples.prompts, starts, texts, strict=True):
+        log.sample(step, prompt, tokenizer.decode(ids[len(start) :], skip_special=True))
 
 
-def next_token(reader: Reader, ids: list[int], temperature: float, seed: int) -> int:
-    """A draw from what the model says after some tokens, at temperature 0 the most likely token."""
-    row = torch.tensor([ids])
-    labels = torch.full_like(row, -100)
-    labels[0, -1] = 0
-    look = sample(temperature, reader.model.config.vocab_size, seed)
-    drawn = reader.tokens(look, row, labels, torch.zeros_like(row))[0, -1].item()
-    return int(reader.total([drawn if reader.share[0] == 0 else 0.0])[0])  # all go on with the first share's
-
-
-def _ends(reader: Reader) -> list[int]:
-    ends = reader.model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
+def next_tokens(reader: Reader, texts: Sequence[Sequence[int]], temperature: float, seeds: Sequence[int]) -> list[int]:
+    """For each text, in token ids, a draw from what the model says next; at temperature 0 the most likely token."""
+    rows = torch.zeros(len(texts), max(len(ids) for ids in texts), dtype=torch.int64)
+    labels, doc_ids = torch.full_like(rows, -100), torch.full_like(rows, -1)
+    for i, ids in enumerate(texts):
+        rows[i, : len(ids)] = torch.tensor(ids)
+        doc_ids[i, : len(ids)] = 0
+        labels[i, len(ids) - 1] = i
+    look = sample(temperature, reader.model.config.vocab_size, seeds)
+    drawn = reader.tokens(look, rows, labels, doc_ids).sum(1)  # 0 but at the one label
+    # all go on with the tokens of the first share
+    return [int(token) for token in reader.total((drawn * (reader.share[0] == 0)).tolist())]
