@@ -189,8 +189,8 @@ def run(
         for line in health.before:
             log.say(f"an earlier start ended: {line}")
         log.say(headline(cfg, model, device, precision, meter, state, group))
-        if sparse:
-            log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
+        if sparsity.present(model):
+            log.say(sparsity.announcement(model.config.num_hidden_layers, cfg.sparsity, total_steps))
         started = time.perf_counter()
         health.at("step", state.step + 1)
         ledger.at("data")
@@ -232,7 +232,7 @@ def run(
             if measuring:
                 record["layers"] = layers.result()
             if due(state.step, log_every, last):
-                compare_ranks(pace, record, log, health, group)
+                compare_ranks(pace, record, log, health)
                 if group.first:
                     words.merge()
             if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
@@ -245,7 +245,9 @@ def run(
                 with in_use(average):
                     write_samples(log, reader, text.tokenizer, cfg, precision, state.step)
             give_up_if_hopeless(state, cfg)
-            stop.signal = group.largest(stop.signal)
+            stop.signal, held_up = group.largest_of([stop.signal, pace.held_up])
+            if held_up:
+                say_slow(*pace.judge_step(state.step), state.step, log, health)
             stopping = bool(stop.signal)
             exporting = due(state.step, cfg.checkpoint.export_every, last=False)
             saving = due(state.step, cfg.checkpoint.every, last or stopping or exporting)
@@ -286,15 +288,20 @@ def run(
     )  # fmt: skip
 
 
-def compare_ranks(pace: Pace, record: dict[str, Any], log: RunLog | NoLog, health: Health, group: Processes) -> None:
+def compare_ranks(pace: Pace, record: dict[str, Any], log: RunLog | NoLog, health: Health) -> None:
     """The speed of each process into the record, and a line once one is slow, or is no longer."""
     numbers, line, rank = pace.report()
     if numbers is not None:
         record["ranks"] = numbers
-    if line is not None and group.first:
-        log.say(f"step {record['step']}: {line}")
+    say_slow(line, rank, record["step"], log, health)
+
+
+def say_slow(line: str | None, rank: int, step: int, log: RunLog | NoLog, health: Health) -> None:
+    """On the first process: a line on which process is slow, or that none is any more (rank -1)."""
+    if line is not None and health.group.first:
+        log.say(f"step {step}: {line}")
         if rank >= 0:
-            health.survived("slow", line, ranks=[rank])
+            health.survived("slow", line, ranks=[rank], step=step)
 
 
 def in_use(average: Average | None) -> AbstractContextManager[None]:

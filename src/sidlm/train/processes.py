@@ -88,11 +88,15 @@ class Processes:
 
     def largest(self, number: int) -> int:
         """The largest that any process gives, on all of them."""
+        return self.largest_of([number])[0]
+
+    def largest_of(self, numbers: list[int]) -> list[int]:
+        """Of each number the largest that any process gives, on all of them."""
         if self.mesh is None:
-            return number
-        found = torch.tensor(number, device=self.mesh.device_type)
+            return numbers
+        found = torch.tensor(numbers, device=self.mesh.device_type)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return found.tolist()
 
     def told(self, value: T) -> T:
         """The first process's value, on all of them."""
