@@ -63,14 +63,18 @@ class Pace:
                     block.register_forward_pre_hook(self._begin)
                     block.register_forward_hook(self._end)
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, block: Block, *_: Any) -> None:
+        if not block.training:  # a validation is no part of a step
+            return
         if self.cuda:
             self.begun = torch.cuda.Event(enable_timing=True)
             self.begun.record()
         else:
             self.begun = time.perf_counter()
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, block: Block, *_: Any) -> None:
+        if not block.training:
+            return
         if self.cuda:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
