@@ -35,6 +35,7 @@ NOT_RUN = {
     "torchrun": "several processes; tests/train/test_processes.py runs them",
     "make": "continuous integration runs the targets themselves",
     "sid demo": "trains for minutes; tests/cli/test_demo.py runs it with fewer steps",
+    "sid launch": "several processes; tests/train/test_bad_input.py runs it",
     "sid extend": "trains until every gate is passed; tests/train/test_extend.py runs it",
     "sid chat": "reads from a terminal; tests/cli/test_chat.py drives it",
     "pytest": "this very suite",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sidlm.cli.extend import main as extend
 from sidlm.cli.train import main
 from sidlm.errors import SidError
 from sidlm.train import processes
@@ -84,6 +85,14 @@ def runs(tmp_path_factory, argv):
     def line(name, **changes):
         return argv(place / name, **SIZES | CHANGES | (EXPERTS if name.startswith("experts-") else {}) | changes)
 
+    def extension(name, **changes):
+        """One stage from the run "one", whose gate no model of so few steps passes."""
+        settings = {"model.init_from": place / "one", "model.set": ["simplicial_window=[8,4]"], "extend.attempts": 1,
+                    "extend.stages": ["384:4x96"], "extend.tolerance": 10, "extend.repeats": 1}  # fmt: skip
+        found = argv(place / name, **CHANGES | settings | changes)
+        at = found.index("--data.vocab_size")
+        return found[:at] + found[at + 2 :]  # the tokenizer is that of the run
+
     assert main(line("one")) == 0
     assert main(line("experts-one")) == 0
     for name in MESHES:
@@ -91,10 +100,13 @@ def runs(tmp_path_factory, argv):
             stop_at(place / "one", place / name, 2)
     commands = [(name, ["train", *line(name, **changes)]) for name, changes in MESHES.items()]
     commands += [(name, ["train", *line(name, **changes)]) for name, (changes, _) in MISTAKES.items()]
+    commands += [("extended", ["extend", *extension("extended", **{"parallel.pp": 2})])]
     commands += [("key", ["train", *line("key"), "--train.betch_size", "8"])]
     program = [sys.executable, PROGRAM, place]
     done = subprocess.run(program, input=json.dumps(commands), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+    with pytest.raises(SidError, match="0% of the needles are found"):
+        extend(extension("extended-one"))
     for source, name in RESUMED.items():
         if source == "experts-ep2-pp2":  # one bit of what the last process wrote
             shutil.copytree(place / source, place / name)
@@ -133,6 +145,18 @@ def test_statistics_of_layers_are_those_of_one_process(runs, name):
     for key, values in expected["gradient"].items():
         # where a number is all but zero, rounding decides
         assert found["gradient"][key] == pytest.approx(values, rel=1e-3, abs=1e-3)
+
+
+def test_a_gate_is_that_of_one_process(runs):
+    """Nobody holds the model that is measured; before the extension and after a stage."""
+    place, statuses = runs
+    assert statuses["extended"][0] == 2 and all(statuses["extended"])
+    assert "0% of the needles are found" in (place / "extended.0.err").read_text()
+    found, expected = (json.loads((place / f"{name}/extend.json").read_text()) for name in ("extended", "extended-one"))
+    assert found["before"] == pytest.approx(expected["before"], rel=1e-6)
+    (gate,), (other,) = (record["stages"][0]["gates"] for record in (found, expected))
+    assert gate["needles"] == other["needles"] and len(gate["needles"]) == 6
+    assert gate["loss"] == pytest.approx(other["loss"], rel=1e-6) and gate["loss"] != found["before"]["loss"]
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -88,11 +88,15 @@ class Processes:
 
     def largest(self, number: int) -> int:
         """The largest that any process gives, on all of them."""
+        return self.largest_of([number])[0]
+
+    def largest_of(self, numbers: list[int]) -> list[int]:
+        """Of each number the largest that any process gives, on all of them."""
         if self.mesh is None:
-            return number
-        found = torch.tensor(number, device=self.mesh.device_type)
+            return numbers
+        found = torch.tensor(numbers, device=self.mesh.device_type)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return found.tolist()
 
     def told(self, value: T) -> T:
         """The first process's value, on all of them."""
@@ -125,37 +129,6 @@ class Processes:
         yield
         if self.mesh is not None and self.first:
             dist.barrier()
-
-    def whole(self, model: Any) -> Any:
-        """The model on one process; of a sharded one a whole copy on the first process, and None on the others."""
-        if self.mesh is None:
-            return model
-        from sidlm.parallel.materialize import allocate
-        from sidlm.parallel.mesh import send_to_first
-
-        copy = None
-        if self.first:
-            with torch.device("meta"):
-                copy = type(model)(model.config).to(next(model.parameters()).dtype).train(model.training)
-            allocate([copy], torch.device(self.mesh.device_type))
-        into = {} if copy is None else copy.state_dict()
-        own, held = model.state_dict(), self.held(list(model.state_dict()))
-        for stage, names in enumerate(held):
-            for name in names:  # one at a time: every process of the stage holds it for a moment
-                send_to_first(own.get(name), into.get(name), stage, self.mesh)
-        return copy
-
-    def held(self, names: list[str]) -> list[list[str]]:
-        """Of the names that each pipeline stage's processes have, those that no earlier one has."""
-        if self.mesh is None or self.mesh["pp"].size() == 1:
-            return [names]
-        line = self.mesh["pp"]
-        found: list[list[str]] = [[] for _ in range(line.size())]
-        dist.all_gather_object(found, names, group=line.get_group())
-        return [
-            [name for name in names if not any(name in earlier for earlier in found[:i])]
-            for i, names in enumerate(found)
-        ]
 
 
 def local_device(cfg: RunConfig) -> torch.device:
