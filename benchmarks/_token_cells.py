@@ -228,12 +228,13 @@ def plan(*, million: int = MILLION) -> list[Cell]:
 
     four, fresh, sizes, pair = (0, 1, 2, 3), (4, 5, 6, 7), ("xs", "s", "m", "l"), ("l", "m")
     core = {v: {s: cell("core", s, v, four, LENGTHS, tasks=True) for s in sizes} for v in CORE}
-    cheap = {s: [cell("cheap", s, v, four, LENGTHS, tasks=True) for v in CHEAP] for s in pair}
-    search = [cell("search", "s", v, four, LENGTHS[:3]) for v in (*SEARCH, *SEARCH_CONTROLS)]
+    short = {v: [cell("core", s, v, four, LENGTHS[:3], tasks=True) for s in sizes] for v in CORE}
+    cheap = {s: [cell("cheap", s, v, four, LENGTHS[:3], tasks=True) for v in CHEAP] for s in pair}
+    search = [cell("search", "s", v, four, LENGTHS[:2]) for v in (*SEARCH, *SEARCH_CONTROLS)]
     again = [
-        cell("fresh seeds", s, v, fresh, LENGTHS, tasks=True)
+        cell("fresh seeds", s, v, fresh, LENGTHS[:3], tasks=True)
         for s in pair
-        for v in (BEST, "full", "sliding", "sliding 32")
+        for v in (BEST, "full", "sliding 32", "sliding")
     ]
     ablations = [
         cell("ablation", "s", v, four, LENGTHS[1:2])
@@ -250,13 +251,11 @@ def plan(*, million: int = MILLION) -> list[Cell]:
         *(cell("noise", "s", "full", four, LENGTHS[:3], batch=batch) for batch in (4, 16)),
     ]
     longer = [cell("longer", "m", v, four, (16,), tasks=True) for v in ("full", "sliding", BEST, "determinant")]
-    more = [cell("more seeds", size, v, fresh, LENGTHS) for size in ("s", "xs") for v in CORE[:4]]
-    small = [core[v][s] for s in ("xs", "s") for v in CORE[:4]]
-    large = [core[v][s] for v in ("full", "sliding", "determinant") for s in pair]
-    deeper = [core["deeper"][s] for s in sizes]
+    small = [cell for v in ("determinant", "trilinear", "full", "sliding") for cell in short[v]]
+    large = [core[v][s] for v in CORE for s in sizes]
     return [
-        cell("noise", "s", "full", four, LENGTHS[:3], repeat=1), *cheap["l"], *small, *cheap["m"], *deeper, *search,
-        *large, *ablations, *sparse, *again, *(core["trilinear"][s] for s in pair), *rates, *longer, *noise, *more,
+        cell("noise", "s", "full", four, LENGTHS[:2], repeat=1), *cheap["l"], *small, *cheap["m"], *short["deeper"],
+        *ablations, *sparse, *search, *again, *rates, *large, *longer, *noise,
     ]  # fmt: skip
 
 

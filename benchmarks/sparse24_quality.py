@@ -210,7 +210,8 @@ def table(runs: list[dict]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm in ordered(runs):
-        rows, (kind, rates) = [r for r in runs if r["arm"] == arm], parts(arm)
+        rows = sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"])
+        kind, rates = parts(arm)
         name = f"{ARMS[kind][0]}, {' x '.join(rates)}" if rates else ARMS[kind][0]
         losses = [r["valid"][-1]["loss"] for r in rows]
         dense = {r["seed"]: loss[one, r["seed"]] for r in rows if (one := compared(arm, loss, r["seed"])) is not None}
@@ -236,7 +237,8 @@ def plot(runs: list[dict], path: Path) -> None:
     loss = {(r["arm"], r["seed"]): r["valid"][-1]["loss"] for r in runs}
     at = {(r["arm"], r["seed"], v["step"]): v["loss"] for r in runs for v in r["valid"]}
     for i, arm in enumerate(ordered(runs)):
-        rows, (kind, rates) = [r for r in runs if r["arm"] == arm], parts(arm)
+        rows = sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"])
+        kind, rates = parts(arm)
         name = f"{ARMS[kind][0]}, {' x '.join(rates)}" if rates else ARMS[kind][0]
         steps = sorted({v["step"] for r in rows for v in r["valid"]})
         curves = [
@@ -260,6 +262,7 @@ def plot(runs: list[dict], path: Path) -> None:
                     right.plot(layers, values, f"{colour}-o", markersize=2.5, label=label)
     left.set(xlabel="step", ylabel="validation loss above dense, nats per token")
     right.set(xlabel="layer", ylabel="share, end of training, full recipe", ylim=(0, 1))
+    right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=7)
