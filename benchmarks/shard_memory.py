@@ -3,10 +3,10 @@
 python benchmarks/shard_memory.py --json benchmarks/results/shard_memory.json
 python benchmarks/shard_memory.py --device cuda --json gpu.json
 
-Four processes, by gloo on a CPU or by NCCL on as many GPUs, whose own memory is measured then; 1.1 GB of float32 weights,
-of which a block has 67 MB, and embedding, norm and head 66 MB together. A pass gathers those and one block at a time, of
-which gloo and FSDP hold up to three copies. "gathered": what loops commonly do, the first process collects the whole
-model, from which it would validate and export.
+Four processes, by gloo on a CPU or by NCCL on as many GPUs, whose own memory is measured then; 1.1 GB of float32
+weights, of which a block has 67 MB, and embedding, norm and head 66 MB together. A pass gathers those and one block at
+a time, of which gloo and FSDP hold up to three copies. "gathered": what loops commonly do, the first process collects
+the whole model, from which it would validate and export.
 """
 
 from __future__ import annotations
