@@ -6,7 +6,8 @@ python benchmarks/shard_memory.py --device cuda --json gpu.json
 Four processes, by gloo on a CPU or by NCCL on as many GPUs, whose own memory is measured then; 1.1 GB of float32
 weights, of which a block has 67 MB, and embedding, norm and head 66 MB together. A pass gathers those and one block at
 a time, of which gloo and FSDP hold up to three copies. "gathered": what loops commonly do, the first process collects
-the whole model, from which it would validate and export.
+the whole model, from which it would validate and export. The allocator is told to return what is freed: else a process
+keeps it, and its size is not that of what is alive.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def main() -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), __file__]
     for name in MESHES:
         with tempfile.TemporaryDirectory() as folder:
-            settings = os.environ | {"OMP_NUM_THREADS": "1"}
+            settings = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
             command = [sys.executable, *launch, "--device", arguments.device, "--worker", name, folder]
             subprocess.run(command, check=True, env=settings)
             rows = json.loads((Path(folder) / f"{name}.json").read_text())
