@@ -228,14 +228,11 @@ def plan(*, million: int = MILLION) -> list[Cell]:
 
     four, fresh, sizes, pair = (0, 1, 2, 3), (4, 5, 6, 7), ("xs", "s", "m", "l"), ("l", "m")
     core = {v: {s: cell("core", s, v, four, LENGTHS, tasks=True) for s in sizes} for v in CORE}
-    short = {v: [cell("core", s, v, four, LENGTHS[:3], tasks=True) for s in sizes] for v in CORE[2:]}
-    cheap = {
-        s: [cell("cheap", s, v, four, LENGTHS[:3] if v == "determinant (64,8)" else LENGTHS, tasks=True) for v in CHEAP]
-        for s in pair
-    }
+    short = {v: [cell("core", s, v, four, LENGTHS[:3], tasks=True) for s in sizes] for v in CORE}
+    cheap = {s: [cell("cheap", s, v, four, LENGTHS[:3], tasks=True) for v in CHEAP] for s in pair}
     search = [cell("search", "s", v, four, LENGTHS[:2]) for v in (*SEARCH, *SEARCH_CONTROLS)]
     again = [
-        cell("fresh seeds", s, v, fresh, LENGTHS, tasks=True)
+        cell("fresh seeds", s, v, fresh, LENGTHS[:3], tasks=True)
         for s in pair
         for v in (BEST, "full", "sliding 32", "sliding")
     ]
@@ -254,11 +251,11 @@ def plan(*, million: int = MILLION) -> list[Cell]:
         *(cell("noise", "s", "full", four, LENGTHS[:3], batch=batch) for batch in (4, 16)),
     ]
     longer = [cell("longer", "m", v, four, (16,), tasks=True) for v in ("full", "sliding", BEST, "determinant")]
-    small = [*(core[v][s] for v in CORE[:2] for s in sizes), *short["determinant"], *short["trilinear"]]
-    large = [core[v][s] for v in ("determinant", "trilinear", "deeper") for s in sizes]
+    small = [cell for v in ("determinant", "trilinear", "full", "sliding") for cell in short[v]]
+    large = [core[v][s] for v in CORE for s in sizes]
     return [
         cell("noise", "s", "full", four, LENGTHS[:2], repeat=1), *cheap["l"], *small, *cheap["m"], *short["deeper"],
-        *search, *ablations, *sparse, *again, *rates, *large, *longer, *noise,
+        *ablations, *sparse, *search, *again, *rates, *large, *longer, *noise,
     ]  # fmt: skip
 
 

@@ -32,8 +32,8 @@ PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for the others, who may wait for the first one to validate or to export"""
 
 HEAD_START, LAST_WORDS = 1.0, 5.0
-"""Seconds that the first process has to speak before others do, and a speaker before torchrun, which ends all processes
-when one ends, is shown another one's end"""
+"""Seconds that the first process has to speak before others do (five times that for a mistake, which all of them find),
+and a speaker before torchrun, which ends all processes when one ends, is shown another one's end"""
 
 
 class Processes:
@@ -169,8 +169,8 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
         check_rows(cfg)
         yield Processes(build_mesh(cfg.parallel, device.type))
     except Exception as error:
-        if rank:  # the first process says what all of them have found
-            time.sleep(HEAD_START)
+        if rank:
+            _wait_for_first(store, HEAD_START * (5 if isinstance(error, SidError) else 1))
         if _spoken(store, error):
             time.sleep(LAST_WORDS)
             raise SystemExit(1) from error
@@ -180,6 +180,14 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
     # not after an error: NCCL would wait for what the others have not begun
     gc.collect()  # what FSDP made holds on to the group, whose threads must end before the process does
     dist.destroy_process_group()
+
+
+def _wait_for_first(store: dist.Store, seconds: float) -> None:
+    """Until somebody speaks, which is the first process of what all have found, but no longer than that."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(dist.DistError):  # the first process kept the store and has ended
+        while time.monotonic() < end and not store.check(["sid/failed"]):
+            time.sleep(0.05)
 
 
 def _spoken(store: dist.Store, error: Exception) -> bool:
