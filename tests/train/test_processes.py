@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from sidlm.cli.extend import main as extend
 from sidlm.cli.train import main
 from sidlm.errors import SidError
-from sidlm.train import processes
+from sidlm.train import loop, processes
 from sidlm.train.metrics import read_json_lines
 
 PROGRAM = Path(__file__).with_name("process_runs.py")
@@ -77,6 +78,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def disturbed(*arguments, step=loop.train_step):
+    """A step before which random numbers were drawn: it looks at none, so there is no such state in a checkpoint."""
+    torch.rand(7)
+    return step(*arguments)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, argv):
     """Folder of all runs, and what each process came to."""
@@ -113,7 +120,8 @@ def runs(tmp_path_factory, argv):
             flip(place / name / "checkpoints/step-00000004/tensors/__3_0.distcp")
         else:
             stop_at(place / source, place / name, 2)
-        assert main(line(name)) == 0
+        with mock.patch.object(loop, "train_step", disturbed):
+            assert main(line(name)) == 0
     return place, json.loads((place / "statuses.json").read_text())
 
 
@@ -145,6 +153,16 @@ def test_statistics_of_layers_are_those_of_one_process(runs, name):
     for key, values in expected["gradient"].items():
         # where a number is all but zero, rounding decides
         assert found["gradient"][key] == pytest.approx(values, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tp2-dp2", "resumed-on-one", "pp2-dp2-resumed-on-one", "resumed-on-tp2-cp2"])
+def test_schedule_and_place_in_the_data_are_those_of_one_process(runs, name):
+    place, _ = runs
+    expected, found = (read_json_lines(place / run / "metrics.jsonl") for run in ("one", name))
+    assert [(r["step"], r["lr"], r["tokens"]) for r in found] == [(r["step"], r["lr"], r["tokens"]) for r in expected]
+    states = [json.loads((place / run / "checkpoints/step-00000004/state.json").read_text()) for run in ("one", name)]
+    for key in ("step", "tokens", "skipped", "skipped_in_a_row", "data", "model"):
+        assert states[0][key] == states[1][key], key
 
 
 def test_a_gate_is_that_of_one_process(runs):

@@ -94,6 +94,7 @@ def span_nll(model: SidForCausalLM | Reader, spans: Sequence[Span], *, batch_siz
         if not 1 <= span.start < len(span.tokens):
             raise ValueError(f"a span of {len(span.tokens)} tokens cannot be scored from token {span.start}")
     reader = model if isinstance(model, Reader) else Reader(model)
+    batch_size = max(1, min(batch_size, -(-len(spans) // reader.share[1])))  # none may be left without
     order = sorted(range(len(spans)), key=lambda i: len(spans[i].tokens), reverse=True)
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     sums = [0.0] * len(spans)
