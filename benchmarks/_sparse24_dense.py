@@ -2,6 +2,7 @@
 
 Everything between two products is one pass (_sparse24_dense_kernels.py). In fp8 with a scale for each tensor the scales
 are known before, as with delayed scaling, so no pass looks for a maximum: what dense fp8 training can be at its best.
+Or they are sought, as the other layers do, but for those of what lies between the products.
 """
 
 from collections.abc import Callable
@@ -49,9 +50,12 @@ def _multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, fast: bool
     return torch._scaled_mm(a, b.T, a_scale, b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
-def tensorwise(layer: Layer) -> Callable[[bool], Results]:
-    """In e4m3 with scales that are known before: the function of `step`."""
-    from _sparse24_dense_kernels import pointwise, pointwise_backward
+def tensorwise(layer: Layer, sought: bool = False) -> Callable[[bool], Results]:
+    """In e4m3 with scales that are known before: the function of `step`.
+
+    sought: those of x, grad and the weights are looked for in each call, by a pass over each; they come out the same.
+    """
+    from _sparse24_dense_kernels import pointwise, pointwise_backward, scale_of
 
     x, grad, w_in, w_down, kind = layer
     y = x @ w_in.T
@@ -65,17 +69,19 @@ def tensorwise(layer: Layer) -> Callable[[bool], Results]:
     del y, h, dy
 
     def run(step: bool) -> Results:
+        of_x, of_in, of_down = (scale_of(t) for t in (x, w_in, w_down)) if sought else (sx, si, sd)
         x8, x8t = pointwise(x, "copy", FP8, fx, turned=step)
         i8, i8t = pointwise(w_in, "copy", FP8, fi, turned=step)
         d8, d8t = pointwise(w_down, "copy", FP8, fd, turned=step)
-        y = _multiply(x8, sx, i8, si)
+        y = _multiply(x8, of_x, i8, of_in)
         h8, _ = pointwise(y, kind, FP8, fh)
-        out = _multiply(h8, sh, d8, sd)
+        out = _multiply(h8, sh, d8, of_down)
         if not step:
             return (out,)
+        of_g = scale_of(grad) if sought else sg
         g8, g8t = pointwise(grad, "copy", FP8, fg, turned=True)
-        h8t, dy8, dy8t = pointwise_backward(y, _multiply(g8, sg, d8t, sd), kind, FP8, fh, fy, turned=True)
-        return out, _multiply(dy8, sy, i8t, si), _multiply(dy8t, sy, x8t, sx), _multiply(g8t, sg, h8t, sh)
+        h8t, dy8, dy8t = pointwise_backward(y, _multiply(g8, of_g, d8t, of_down), kind, FP8, fh, fy, turned=True)
+        return out, _multiply(dy8, sy, i8t, of_in), _multiply(dy8t, sy, x8t, of_x), _multiply(g8t, of_g, h8t, sh)
 
     return run
 

@@ -206,6 +206,20 @@ def largest_of_columns(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 @triton.jit
+def _scale(bits_ptr, scale_ptr, count, BN: tl.constexpr):
+    offset = tl.arange(0, BN)
+    scale, _ = _power_of_two(tl.max(tl.load(bits_ptr + offset, mask=offset < count, other=0), 0))
+    tl.store(scale_ptr, scale)
+
+
+def scale_of(x: Tensor) -> Tensor:
+    """The scale () of the whole of x (M, N), by one pass over it."""
+    bits, scale = largest_of_columns(x, None), x.new_empty((), dtype=torch.float32)
+    _scale[(1,)](bits, scale, len(bits), BN=triton.next_power_of_2(len(bits)), num_warps=8)
+    return scale
+
+
+@triton.jit
 def _turn(
     x_ptr, scale_ptr, bits_ptr, out_ptr, out_scale_ptr, rows, columns,
     SCALED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -125,6 +125,8 @@ def layer_variants(task: Task, layer: Layer, seed: int) -> Variants:
         return found
     run, run_other = tensorwise(layer), tensorwise(other)
     found["dense tensor-wise"] = lambda: run(step)
+    run_sought = tensorwise(layer, sought=True)
+    found["dense tensor-wise sought"] = lambda: run_sought(step)
     if not step:
         found["dense row-wise"] = lambda: rowwise(layer, step)
     found["dense row-wise fast"] = lambda: rowwise(layer, step, fast=True)

@@ -8,8 +8,9 @@ the same order. The order of the list is the order in which cells start.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sidlm.models.config import SidConfig
@@ -55,10 +56,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trilinear (64,8)": {"mixer": "simplicial_attention", "simplicial_window": [64, 8]},
     "determinant (64,8)": {"mixer": "simplicial_attention", "simplicial_window": [64, 8]} | DETERMINANT,
     "determinant (32,4)": {"mixer": "simplicial_attention", "simplicial_window": [32, 4]} | DETERMINANT,
-    "trilinear (64,8) every 2nd": {"mixer": "simplicial_attention", "simplicial_window": [64, 8], "every": 2},
+    "trilinear (32,4)": {"mixer": "simplicial_attention", "simplicial_window": [32, 4]},
+    "determinant (16,8)": {"mixer": "simplicial_attention", "simplicial_window": [16, 8]} | DETERMINANT,
+    "determinant (16,16)": {"mixer": "simplicial_attention", "simplicial_window": [16, 16]} | DETERMINANT,
     "determinant (64,8) every 2nd": {
         "mixer": "simplicial_attention", "simplicial_window": [64, 8], "every": 2,
     } | DETERMINANT,
+    "determinant (32,4) every 2nd": {
+        "mixer": "simplicial_attention", "simplicial_window": [32, 4], "every": 2,
+    } | DETERMINANT,
+    "determinant (32,4) first": {
+        "mixer": "simplicial_attention", "simplicial_window": [32, 4], "places": (0,),
+    } | DETERMINANT,
+    "determinant (32,4) first two": {
+        "mixer": "simplicial_attention", "simplicial_window": [32, 4], "places": (0, 1),
+    } | DETERMINANT,
+    "determinant (32,4) but for the last": {
+        "mixer": "simplicial_attention", "simplicial_window": [32, 4], "places": (0, 1, 2),
+    } | DETERMINANT,
+    "trilinear (32,4) first": {"mixer": "simplicial_attention", "simplicial_window": [32, 4], "places": (0,)},
+    "sliding 32": {"mixer": "sliding_attention", "sliding_window": 32},
+    "sliding 64": {"mixer": "sliding_attention", "sliding_window": 64},
+    "sliding 32 every 2nd": {"mixer": "sliding_attention", "sliding_window": 32, "every": 2},
+    "sliding 32 first": {"mixer": "sliding_attention", "sliding_window": 32, "places": (0,)},
+    "sliding 32 first two": {"mixer": "sliding_attention", "sliding_window": 32, "places": (0, 1)},
+    "sliding 32 but for the last": {"mixer": "sliding_attention", "sliding_window": 32, "places": (0, 1, 2)},
     "sliding 512": {"mixer": "sliding_attention", "sliding_window": 512},
     "trilinear, no norm": {"mixer": "simplicial_attention", "simplicial_qk_norm": False},
     "trilinear, no positions": {"mixer": "simplicial_attention", "simplicial_position": "none"},
@@ -76,18 +98,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "determinant, scale d^-3/2": {"mixer": "simplicial_attention", "simplicial_scale": "d^-3/2"} | DETERMINANT,
     "squared ReLU": {"mlp_type": "squared_relu"},
     "squared ReLU, down lr 0.1": {"mlp_type": "squared_relu", "down_lr": 0.1},
-    "squared ReLU, lr x4, down lr 0.1": {"mlp_type": "squared_relu", "down_lr": 0.1, "lr_factor": 4.0},
-    "2:4, down lr 0.1": {"mlp_type": "squared_relu", "mlp_sparsity": "2:4", "down_lr": 0.1},
+    "2:4": {"mlp_type": "squared_relu", "mlp_sparsity": "2:4"},
 }  # fmt: skip
-"""Name -> fields of the model that differ from full attention with SwiGLU; `mixer` stands in every 4th layer."""
+"""Name -> fields of the model that differ from full attention with SwiGLU; `mixer` stands in every 4th layer, or in the
+layers `places`, counted from 0."""
 CORE = ("full", "sliding", "trilinear", "determinant", "deeper")
-CHEAP = (
-    "determinant (64,8)", "trilinear (64,8)", "determinant (64,8) every 2nd", "trilinear (64,8) every 2nd",
-    "determinant (32,4)",
-)  # fmt: skip
+CHEAP = ("determinant (32,4)", "determinant (64,8)", "sliding 32")
+"""Tiny windows, and what they are compared with."""
+SEARCH = tuple(v for v in VARIANTS if "(64,8)" in v or "(32,4)" in v or "(16," in v)
+"""2-simplicial variants that cost at most 1.1 times the FLOPs of full attention; the best goes on with other seeds."""
+SEARCH_CONTROLS = tuple(v for v in VARIANTS if v.startswith(("sliding 32", "sliding 64")))
+BEST = "best"
+"""In a plan: the variant of SEARCH that was best at equal FLOPs."""
 WINDOWS = ("trilinear (128,8)", "trilinear (256,16)", "sliding 512", "trilinear (512,32)")
 TREATMENTS = tuple(v for v in VARIANTS if v.startswith(("trilinear,", "determinant,")))
-EVERY_2ND = tuple(v for v in VARIANTS if v.endswith("every 2nd") and v not in CHEAP)
+EVERY_2ND = ("sliding every 2nd", "trilinear every 2nd", "determinant every 2nd")
 SQUARED_RELU = tuple(v for v in VARIANTS if v.startswith(("squared", "2:4")))
 
 MILLION = 1_048_576
@@ -166,11 +191,11 @@ def recipe(cell: Cell, *, vocab: int = VOCABULARY) -> Recipe:
 def _changed(base: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """The fields of a variant with as many parameters as `base`, to a multiple of 8 of the feed-forward width."""
     spec = dict(spec)
-    mixer, every = spec.pop("mixer", "full_attention"), spec.pop("every", 4)
-    layers = base["num_hidden_layers"]
+    mixer, every, layers = spec.pop("mixer", "full_attention"), spec.pop("every", 4), base["num_hidden_layers"]
+    places = spec.pop("places", range(every - 1, layers, every))
     if "simplicial_scale" in spec:
         spec["simplicial_scale"] = base["head_dim"] ** -1.5
-    types = [mixer if (i + 1) % every == 0 else "full_attention" for i in range(layers)]
+    types = [mixer if i in places else "full_attention" for i in range(layers)]
     fields = base | (SIMPLICIAL if mixer == "simplicial_attention" else {}) | spec | {"layer_types": types}
     target = num_parameters(SidConfig(**base))
     dense = fields | {"mlp_sparsity": None}
@@ -201,52 +226,71 @@ def plan(*, million: int = MILLION) -> list[Cell]:
         steps = tuple(max(10 * (i + 1), round(n * million / tokens)) for i, n in enumerate(lengths))
         return Cell(group=group, size=size, variant=variant, seeds=tuple(seeds), lengths=steps, **others)
 
-    four, three, sizes = (0, 1, 2, 3), (0, 1, 2), ("l", "m", "s", "xs")
+    four, fresh, sizes, pair = (0, 1, 2, 3), (4, 5, 6, 7), ("xs", "s", "m", "l"), ("l", "m")
     core = {v: {s: cell("core", s, v, four, LENGTHS, tasks=True) for s in sizes} for v in CORE}
-    first = [core[v][s] for s in sizes for v in CORE[:4]]
-    deeper = [core["deeper"][s] for s in sizes]
+    short = {v: [cell("core", s, v, four, LENGTHS[:3], tasks=True) for s in sizes] for v in CORE}
+    cheap = {s: [cell("cheap", s, v, four, LENGTHS[:3], tasks=True) for v in CHEAP] for s in pair}
+    search = [cell("search", "s", v, four, LENGTHS[:2]) for v in (*SEARCH, *SEARCH_CONTROLS)]
+    again = [
+        cell("fresh seeds", s, v, fresh, LENGTHS[:3], tasks=True)
+        for s in pair
+        for v in (BEST, "full", "sliding 32", "sliding")
+    ]
+    ablations = [
+        cell("ablation", "s", v, four, LENGTHS[1:2])
+        for v in (*EVERY_2ND, *WINDOWS[:-1], *TREATMENTS, *SQUARED_RELU[:-1], *WINDOWS[-1:])
+    ]
+    sparse = [cell("ablation", "s", SQUARED_RELU[-1], [seed], LENGTHS[1:2]) for seed in four]
+    rates = [
+        cell("rates", "s", v, four, LENGTHS[1:2], lr=lr)
+        for lr in (2.0, 0.5)
+        for v in ("determinant", "trilinear", "sliding")
+    ]
     noise = [
         *(cell("noise", "s", "full", four, LENGTHS[:3], lr=lr) for lr in (2.0, 0.5)),
         *(cell("noise", "s", "full", four, LENGTHS[:3], batch=batch) for batch in (4, 16)),
-        cell("noise", "s", "full", four, LENGTHS[:2], repeat=1),
     ]
-    rates = [
-        cell("rates", "s", v, three, LENGTHS[2:3], lr=lr)
-        for lr in (2.0, 0.5)
-        for v in ("trilinear", "determinant", "sliding")
-    ]
-    ablations = [
-        cell("ablation", "s", v, three, LENGTHS[2:3])
-        for v in (*CHEAP, *EVERY_2ND, *WINDOWS[:-1], *TREATMENTS, *SQUARED_RELU[:-1], *WINDOWS[-1:])
-    ]
-    sparse = [cell("ablation", "s", SQUARED_RELU[-1], [seed], LENGTHS[2:3]) for seed in three]
-    more = [cell("seeds", size, v, (4, 5, 6, 7), LENGTHS) for size in ("s", "xs") for v in CORE]
-    return [*first, *noise, *deeper, *ablations, *rates, *sparse, *more]
-
-
-def cpu() -> list[Cell]:
-    """Ablations at nano size in rows of 256 tokens, for a CPU."""
-    names = (
-        *CORE[:4], *EVERY_2ND, "determinant (64,8)", "trilinear (64,8)", *TREATMENTS, *SQUARED_RELU[:-1], "deeper",
-        "trilinear (128,8)", "trilinear (256,16)", "determinant (32,4)",
-    )  # fmt: skip
-    short = {"lengths": (384,), "seq_len": 256}
-    return [Cell(group="ablation", size="nano", variant=v, seeds=(0, 1), **short) for v in names]
+    longer = [cell("longer", "m", v, four, (16,), tasks=True) for v in ("full", "sliding", BEST, "determinant")]
+    small = [cell for v in ("determinant", "trilinear", "full", "sliding") for cell in short[v]]
+    large = [core[v][s] for v in CORE for s in sizes]
+    return [
+        cell("noise", "s", "full", four, LENGTHS[:2], repeat=1), *cheap["l"], *small, *cheap["m"], *short["deeper"],
+        *ablations, *sparse, *search, *again, *rates, *large, *longer, *noise,
+    ]  # fmt: skip
 
 
 def toy() -> list[Cell]:
     """A study of minutes on a CPU, to try the script."""
-    variants = ("full", "trilinear", "determinant, scale d^-3/2", "2:4, down lr 0.1", "deeper")
+    variants = ("full", "determinant (64,8)", "determinant (32,4) first", "2:4", "deeper", BEST)
     short = {"lengths": (6, 10), "batch": 2, "seq_len": 64}
-    seeds = [(0,) if v.startswith("2:4") else (0, 1) for v in variants]
+    seeds = [(0,) if v == "2:4" else (4, 5) if v == BEST else (0, 1) for v in variants]
     return [
-        Cell(group="core", size="toy", variant=v, seeds=s, tasks=v == "full", **short)
+        Cell(group="search", size="toy", variant=v, seeds=s, tasks=v == "full", **short)
         for v, s in zip(variants, seeds, strict=True)
     ]
 
 
+def best(rows: list[dict[str, Any]], size: str, batch: int) -> str | None:
+    """The variant of SEARCH with the least loss beside full attention of as many FLOPs, after the longest length that
+    several have reached at the size; None before that."""
+    from _token_statistics import at_equal_flops
+
+    here = [r for r in rows if (r["size"], r["lr"], r["batch"], r["repeat"]) == (size, 1, batch, 0)]
+    known = {v: {r["tokens"] for r in here if r["variant"] == v} for v in SEARCH}
+    reached = [n for n in {n for tokens in known.values() for n in tokens} if sum(n in x for x in known.values()) > 1]
+    found = {v: at_equal_flops(here, v, "full", size, max(reached)) for v in SEARCH if reached}
+    means = {v: sum(d) / len(d) for v, d in found.items() if d}
+    return min(means, key=lambda v: means[v]) if means else None
+
+
+@functools.cache
 def cost(cell: Cell) -> float:
-    """Seconds that a cell takes of an H200, a rough guess made before the first run."""
-    config = recipe(cell).config
+    """Seconds that a cell takes of an H200, from the second study: most of a step is memory traffic and short kernels,
+    whatever the width, and the portable 2-simplicial kernels reach 35 TFLOP/s."""
+    made = recipe(replace(cell, variant=SEARCH[0]) if cell.variant == BEST else cell)
+    rest = SidConfig(**made.fields | {"layer_types": ["full_attention"] * made.config.num_hidden_layers})
+    plain = train_flops_per_token(rest, cell.seq_len)
+    pairs = max(0.0, train_flops_per_token(made.config, cell.seq_len) - plain)
     tokens = cell.steps_in_all * cell.batch * cell.seq_len * len(cell.seeds)
-    return tokens * (train_flops_per_token(config, cell.seq_len) / 250e12 + 2e-8 + 1.2e-8 * config.num_hidden_layers)
+    layers = 0.4 + 0.15 * made.config.num_hidden_layers
+    return tokens * (layers * 1.8e-7 + plain / 390e12 + pairs / 35e12)

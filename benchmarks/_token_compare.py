@@ -90,7 +90,7 @@ def ablations(rows: list[Row]) -> list[Ablation]:
     """(variant, differences, FLOPs beside full) at s, at the length of the ablations, least first."""
     tokens = max((row["tokens"] for row in rows if row["group"] == "ablation"), default=0)
     every = of(rows, size="s", lr=1, batch=8, repeat=0)
-    here = [row for row in every if row["tokens"] == tokens and row["seed"] < 3]
+    here = [row for row in every if row["tokens"] == tokens and row["seed"] < 4]
     names = [v for v in dict.fromkeys(row["variant"] for row in here) if v != "full"]
     spread = common_spread([g for v in names if (g := differences(here, v, "full"))])
     full, found = of(here, variant="full"), []

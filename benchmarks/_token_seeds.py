@@ -4,7 +4,8 @@ Where the weights of S models lie in one tensor (S, ...), their rows in one batc
 norms and embeddings know of S, every kernel works for all seeds at once. Attention has no weights and sees more rows.
 Each seed's loss, gradient, clipping and steps are its own: what comes out is what `sid train` computes for each of
 them where no row holds two documents (tests/benchmarks/test_token_study.py), with its schedule of a constant rate and a
-linear decay to zero. Nothing is compiled: runs of a minute would spend most of it on that.
+linear decay to zero. Nothing is compiled: runs of a minute would spend most of it on that; on CUDA a whole step is one
+graph (`_token_graph.py`).
 
 One seed alone keeps its own modules: 2:4 sparsity takes plain linear layers only.
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from _token_graph import Captured
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -108,15 +110,16 @@ class SeedMuon:
         return torch.cat([by_seed(m.detach(), self.seeds) for m in matrices])
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: Tensor) -> None:
+        """lr: () on the device."""
         for ps, scale, momentum in self.groups:
             grads = self.all_of([p.grad for p in ps if p.grad is not None])
             momentum.lerp_(grads, 1 - self.momentum)
             update = self.orthogonal(grads.lerp_(momentum, self.momentum)).to(grads.dtype)
             size = 0.2 * max(grads.shape[1:]) ** 0.5
             weights = [by_seed(p.detach(), self.seeds) for p in ps]
-            torch._foreach_mul_(weights, 1 - lr * scale * self.decay)
-            torch._foreach_add_(weights, list(update.split(self.seeds)), alpha=-lr * scale * size)
+            torch._foreach_mul_(weights, 1 - lr * (scale * self.decay))
+            torch._foreach_sub_(weights, list((update * (lr * (scale * size))).split(self.seeds)))
 
     def orthogonal(self, grads: Tensor) -> Tensor:
         """Newton-Schulz of every matrix of (N, out, in), in bfloat16."""
@@ -151,25 +154,36 @@ class SeedOptimizer:
                 decay = cfg.weight_decay if by_seed(p, seeds).ndim > 2 else 0.0
                 groups.setdefault((scale, decay), []).append(p)
         settings = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (scale, decay), ps in groups.items()]
-        betas = (cfg.beta1, cfg.beta2)
-        self.adamw = torch.optim.AdamW(settings, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+        device, betas = self.parameters[0].device, (cfg.beta1, cfg.beta2)
+        self.lr = torch.tensor(cfg.lr, device=device)
+        for group in settings:
+            group["lr"] = torch.tensor(cfg.lr, device=device)
+        self.adamw = torch.optim.AdamW(
+            settings, lr=self.lr, betas=betas, eps=cfg.eps, fused=True, capturable=device.type == "cuda"
+        )
         self.muon = SeedMuon(matrices, seeds, cfg)
         self.clip_norm = cfg.clip_norm
 
-    def step(self, lr: float) -> Tensor:
-        """Clip each seed's gradient, step, forget the gradients; the norms (S,) before clipping."""
+    def set_rate(self, lr: float) -> None:
+        """The learning rate of the next steps; it lies on the device, where a graph reads it."""
+        self.lr.fill_(lr)
+        for group in self.adamw.param_groups:
+            group["lr"].fill_(lr * group["lr_scale"])
+
+    def step(self) -> None:
+        """Clip each seed's gradient, step, forget the gradients."""
         grads = [by_seed(p.grad, self.seeds) for p in self.parameters if p.grad is not None]
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
         factor = (self.clip_norm / (norms + 1e-6)).clamp(max=1.0)
         for g in grads:
             g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["lr_scale"]
         self.adamw.step()
-        self.muon.step(lr)
+        self.muon.step(self.lr)
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
         for p in self.parameters:
             p.grad = None
-        return norms
 
     def tensors(self) -> list[Tensor]:
         """All that a step changes."""
@@ -182,9 +196,10 @@ class SeedRun:
 
     rows: step -> (inputs, labels) on the device, (S * B, T) each, one seed behind the other; rows are plain text
     without borders between documents, -100 is no label.
+    graph: whether steps become a CUDA graph; with 2:4 sparsity, which is switched on by the host, they do not.
     """
 
-    def __init__(self, models: Sequence[Any], cfg: RunConfig, rows: Rows):
+    def __init__(self, models: Sequence[Any], cfg: RunConfig, rows: Rows, *, graph: bool = False):
         self.cfg, self.rows, self.seeds = cfg, rows, len(models)
         self.device = next(models[0].parameters()).device
         self.model = together(models)
@@ -192,6 +207,7 @@ class SeedRun:
         self.optimizer = SeedOptimizer(self.model, self.seeds, cfg.optim)
         self.sparse = sparsity.sparse_layers(self.model)
         self.losses: list[Tensor] = []
+        self.captured = Captured(self.update, self.optimizer.forget_gradients) if graph and not self.sparse else None
 
     def nll(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """(S * B, T): of each label in nats, 0 where there is none."""
@@ -199,18 +215,28 @@ class SeedRun:
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden)
         # the fused loss of training compiles for every shape first; these models are too short-lived for that
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-        return losses.view(labels.shape)
+        shares = logits.flatten(0, 1).log_softmax(-1, dtype=torch.float32)
+        return F.nll_loss(shares, labels.flatten(), reduction="none").view(labels.shape)
 
     def step(self, step: int, lr: float) -> None:
         """One step of every seed; its losses (S,) go to self.losses and are not waited for."""
         sparsity.switch(self.sparse, step, self.cfg.sparsity)
-        inputs, labels = self.rows(step)
+        self.optimizer.set_rate(lr)
+        self.losses.append((self.captured or self.update)(*self.rows(step)))
+
+    def update(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Losses (S,) of the rows, and the step that follows from them. Nothing here waits for the device."""
         nll = self.nll(inputs, labels).view(self.seeds, -1).sum(1)
         losses = nll / (labels >= 0).view(self.seeds, -1).sum(1)
         losses.sum().backward()
-        self.optimizer.step(lr)
-        self.losses.append(losses.detach())
+        self.optimizer.step()
+        return losses.detach()
+
+    def how(self) -> str:
+        """Whether steps are a graph, in words."""
+        if self.captured is None:
+            return "no graph"
+        return f"no graph: {self.captured.problem[-1200:]}" if self.captured.problem else "as a graph"
 
     def lengths(self, lengths: Sequence[int], decay: float, *, every: int = 32) -> Iterator[tuple[int, bool]]:
         """Train; (step, False) every `every` steps of the constant rate, (length, True) when a branch has decayed.

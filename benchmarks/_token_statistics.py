@@ -8,9 +8,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
-
 Row = dict[str, Any]
+
+
+def student(degrees: int) -> float:
+    """The half-width of a 95% interval in standard errors."""
+    from scipy import stats  # slow to import, and not needed by who only wants differences
+
+    return float(stats.t.ppf(0.975, degrees))
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Mean:
 
 def mean(values: list[float]) -> Mean:
     n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+    half = student(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
     return Mean(statistics.mean(values), float(half), n)
 
 
@@ -61,13 +66,13 @@ def pooled(groups: list[list[float]], spread: float, degrees: int) -> Mean:
     if degrees == 0:
         return Mean(centre, math.inf, sum(map(len, groups)))
     error = spread * math.sqrt(sum(1 / len(g) for g in groups)) / len(groups)
-    return Mean(centre, float(stats.t.ppf(0.975, degrees) * error), sum(map(len, groups)))
+    return Mean(centre, student(degrees) * error, sum(map(len, groups)))
 
 
 def seeds_needed(spread: float, resolve: float) -> int:
     """Pairs whose 95% interval is at most +- resolve for differences of this standard deviation."""
     n = 2
-    while stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) > resolve and n < 10_000:
+    while student(n - 1) * spread / math.sqrt(n) > resolve and n < 10_000:
         n += 1
     return n
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 from _token_cells import DECAY, Cell, recipe
 
-WARMUP = 64
+WARMUP = 32
 RECIPE = {"name": "muon", "embedding_lr_scale": 10.0}
-ATTEMPTS = ("simplicial=triton", "simplicial=hopper,attention=flex")
-"""SID_IMPL of a cell's first and second attempt. The portable kernels start sooner than those for Hopper."""
+ATTEMPTS = ("a graph", "no graph")
+"""Whether a cell's first and second attempt make a step one CUDA graph."""
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,8 +53,11 @@ def models_of(cell: Cell, device: Any) -> list[Any]:
     return models
 
 
-def run_cell(cell: Cell, settings: dict[str, Any], tell: Any) -> None:
-    """Train one cell; tells ("curve", point) and ("say", words) now and then, ("row", fields) for a seed's length."""
+def run_cell(cell: Cell, settings: dict[str, Any], tell: Any, *, graph: bool) -> bool:
+    """Train one cell; tells ("curve", point) and ("say", words) now and then, ("row", fields) for a seed's length.
+
+    Returns whether the next cell may try to make a graph of a step.
+    """
     import torch
     from _token_seeds import SeedRun, TextRows
 
@@ -62,7 +66,8 @@ def run_cell(cell: Cell, settings: dict[str, Any], tell: Any) -> None:
     began = time.perf_counter()
     device, folder = hardware.resolve_device(settings["device"]), Path(settings["data"])
     text = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int16)).to(device)
-    run = SeedRun(models_of(cell, device), config_of(cell), TextRows(text, cell.seeds, cell.batch, cell.seq_len))
+    rows = TextRows(text, cell.seeds, cell.batch, cell.seq_len)
+    run = SeedRun(models_of(cell, device), config_of(cell), rows, graph=graph and device.type == "cuda")
     tell(("say", f"built in {time.perf_counter() - began:.1f} s"))
     started, looking, said = time.perf_counter(), 0.0, (0, time.perf_counter())
     for step, decayed in run.lengths(cell.lengths, DECAY):
@@ -73,7 +78,8 @@ def run_cell(cell: Cell, settings: dict[str, Any], tell: Any) -> None:
         if not all(math.isfinite(loss) for loss in losses):
             raise FloatingPointError(f"the loss is {losses} before step {step}")
         if said[0] == 0 or now - said[1] > 30:
-            tell(("say", f"step {step}, {count} steps at {count / (now - said[1]):.1f} a second, loss {losses[0]:.3f}"))
+            speed = f"{count} steps at {count / (now - said[1]):.1f} a second"
+            tell(("say", f"step {step}, {speed}, {run.how()}, loss {losses[0]:.3f}"))
         said = step, now
         if decayed:
             for row in rows_of(cell, run, step, settings):
@@ -82,6 +88,7 @@ def run_cell(cell: Cell, settings: dict[str, Any], tell: Any) -> None:
             looking += said[1] - now
     if device.type == "cuda":
         tell(("say", f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"))
+    return run.captured is None or not run.captured.problem
 
 
 def scored(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def rows_of(cell: Cell, run: Any, steps: int, settings: dict[str, Any]) -> list[
         "command": f'python benchmarks/token_efficiency.py --data DATA --out OUT --only "{cell.name}"',
     }  # fmt: skip
     valid = run.score(scored("valid", settings), batch=16)
-    asked = run.score(scored("tasks", settings), batch=32) if cell.tasks and steps == cell.lengths[-1] else None
+    asked = run.score(scored("tasks", settings), batch=32) if cell.tasks and steps in cell.lengths[-2:] else None
     found = []
     for i, seed in enumerate(cell.seeds):
         total = {key: sum(group[key] for group in valid[i].values()) for key in ("nll", "tokens", "bytes")}
@@ -135,16 +142,19 @@ def serve(connection: Any, gpu: int, settings: dict[str, Any]) -> None:
     from sidlm.models import SidForCausalLM  # noqa: F401
 
     connection.send(("say", f"imported after {time.perf_counter() - began:.1f} s"))
+    # the portable kernels start sooner than those for Hopper
+    os.environ["SID_IMPL"] = "simplicial=triton" if torch.cuda.is_available() else ""
+    graphs = True
     while True:
         cell, attempt = connection.recv()
-        os.environ["SID_IMPL"] = ATTEMPTS[attempt] if torch.cuda.is_available() else ""
         try:
-            run_cell(cell, settings, connection.send)
+            graphs = run_cell(cell, settings, connection.send, graph=graphs and attempt == 0)
         except BaseException:
             traceback.print_exc()
             connection.send(("failed", traceback.format_exc()))
             sys.exit(1)  # what an error left of the device's context would fail every other cell, too
         connection.send(("done", None))
         if torch.cuda.is_available():
+            gc.collect()  # a run and its graph hold each other
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -46,8 +46,12 @@ def write_checkpoint(folder: Path, preset_name: str, shard_bytes: int) -> None:
 
     source = Random()
     folder.mkdir()
-    values = ((name, torch.randn(e.shape, dtype=e.dtype) / 50) for name, e in source.tensors.items())
-    write_safetensors(folder, source.tensors, values, max_bytes=shard_bytes)
+
+    def draw(name: str) -> torch.Tensor:
+        entry = source.tensors[name]
+        return torch.randn(entry.shape, dtype=entry.dtype) / 50
+
+    write_safetensors(folder, source.tensors, draw, max_bytes=shard_bytes)
     write_config(folder, source, "llama")
     for path in folder.glob("*.safetensors"):
         misalign(path)

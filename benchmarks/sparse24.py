@@ -1,6 +1,6 @@
 """2:4 activation sparsity on a GPU: every product, every packing and whole layers, beside the best dense ones.
 
-    python benchmarks/sparse24.py [--suite quick|full] [--only layer,gemm,pack]
+    python benchmarks/sparse24.py [--suite quick|full] [--only layer,gemm,pack] [--models 7B,70B] [--precision fp8]
         [--out benchmarks/results/sparse24_<device>.json] [--plot docs/results/sparse24.png] [--markdown TABLES.md]
 
 Prints a table, draws a plot and writes JSON (after every task), with the sizes from which on sparsity pays, as entries
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from _simplicial_timing import Clock, describe, is_usable
 from _sparse24_report import HEADER, crossovers, draw, entries, line, tables
-from _sparse24_rows import GROUPS, SUITES, Task
+from _sparse24_rows import GROUPS, PRECISIONS, SUITES, Task
 from _sparse24_timing import copy_bandwidth, prepare, run_task
 
 from sidlm.train import hardware
@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--suite", choices=SUITES, default="quick")
     parser.add_argument("--only", help=f"groups of rows, comma-separated: {', '.join(GROUPS)}")
     parser.add_argument("--models", help="names of shapes, comma-separated")
+    parser.add_argument("--precision", choices=PRECISIONS, help="rows of this one alone")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="JSON; benchmarks/results/sparse24_<device>.json on CUDA")
     parser.add_argument("--plot", type=Path, help="PNG; docs/results/sparse24.png on CUDA")
@@ -105,6 +106,8 @@ def select(args: argparse.Namespace) -> list[Task]:
         tasks = [t for t in tasks if t.group in args.only.split(",")]
     if args.models:
         tasks = [t for t in tasks if t.shape.model in args.models.split(",")]
+    if args.precision:
+        tasks = [t for t in tasks if t.precision == args.precision]
     return tasks
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/sparse24_quality.py --train DATA... --valid FILE --tokenizer FOLDER [--config configs/micro.yaml]
         [--preset micro] [--set NAME=VALUE ...] [--warmup STEPS] [--seeds 0 1 2] [--arms dense recipe@2e-3,0.1 ...]
-        [--best-of FILE] [--jobs 2] [--budget-seconds S]
+        [--once naive ...] [--best-of FILE] [--jobs 2] [--budget-seconds S]
         --json benchmarks/results/sparse24_quality.json --plot docs/results/sparse24_quality.png
         [--settings --train.steps 2000 ...]
 
@@ -116,7 +116,11 @@ def run(args: argparse.Namespace, arm: str, seed: int, results: "Results", deadl
     if time.monotonic() > deadline:
         return
     words, out = train_words(args, arm, seed)
-    headline, records = trained(words, out, deadline)
+    try:
+        headline, records = trained(words, out, deadline)
+    except (FileNotFoundError, statistics.StatisticsError):
+        print(f"{arm} seed {seed}: cut before its second step", flush=True)
+        return
     finished, config = out / "model" / "config.json", None
     row = {"arm": arm, "seed": seed} | headline
     if finished.is_file():
@@ -164,6 +168,7 @@ class Results:
 def missing(args: argparse.Namespace, results: Results) -> list[tuple[str, int]]:
     """Arm and seed of what is still to be run. Ends the program if the file holds runs of another kind."""
     wanted = [(arm, seed) for seed in args.seeds for arm in args.arms]
+    wanted += [(arm, args.seeds[0]) for arm in args.once]
     for arm, seed in wanted:
         row = results.find(arm, seed)
         now = without_folders(shlex.join(["sid", "train", *train_words(args, arm, seed)[0]]))
@@ -205,7 +210,8 @@ def table(runs: list[dict]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm in ordered(runs):
-        rows, (kind, rates) = [r for r in runs if r["arm"] == arm], parts(arm)
+        rows = sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"])
+        kind, rates = parts(arm)
         name = f"{ARMS[kind][0]}, {' x '.join(rates)}" if rates else ARMS[kind][0]
         losses = [r["valid"][-1]["loss"] for r in rows]
         dense = {r["seed"]: loss[one, r["seed"]] for r in rows if (one := compared(arm, loss, r["seed"])) is not None}
@@ -231,7 +237,8 @@ def plot(runs: list[dict], path: Path) -> None:
     loss = {(r["arm"], r["seed"]): r["valid"][-1]["loss"] for r in runs}
     at = {(r["arm"], r["seed"], v["step"]): v["loss"] for r in runs for v in r["valid"]}
     for i, arm in enumerate(ordered(runs)):
-        rows, (kind, rates) = [r for r in runs if r["arm"] == arm], parts(arm)
+        rows = sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"])
+        kind, rates = parts(arm)
         name = f"{ARMS[kind][0]}, {' x '.join(rates)}" if rates else ARMS[kind][0]
         steps = sorted({v["step"] for r in rows for v in r["valid"]})
         curves = [
@@ -255,6 +262,7 @@ def plot(runs: list[dict], path: Path) -> None:
                     right.plot(layers, values, f"{colour}-o", markersize=2.5, label=label)
     left.set(xlabel="step", ylabel="validation loss above dense, nats per token")
     right.set(xlabel="layer", ylabel="share, end of training, full recipe", ylim=(0, 1))
+    right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=7)
@@ -284,6 +292,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="NAME or NAME@LR[,SCALE]")
+    parser.add_argument("--once", nargs="+", default=[], metavar="ARM", help="then arms of the first seed alone")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--budget-seconds", type=float, default=threading.TIMEOUT_MAX, help="then end what still runs")
     parser.add_argument("--device", default="auto")
@@ -298,11 +307,12 @@ def arguments() -> argparse.Namespace:
     if any(word.startswith("--model.set") for word in args.settings):
         parser.error("model fields are given with --set")
     try:
-        for arm in args.arms:
+        for arm in (*args.arms, *args.once):
             parts(arm)
     except ValueError as error:
         parser.error(str(error))
-    args.arms = args.arms if args.best_of is None else [chosen(arm, args.best_of) for arm in args.arms]
+    if args.best_of is not None:
+        args.arms, args.once = ([chosen(arm, args.best_of) for arm in arms] for arms in (args.arms, args.once))
     return args
 
 

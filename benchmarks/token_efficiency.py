@@ -1,7 +1,7 @@
 """The study of token efficiency: many small training runs at once on one or more GPUs, or on a CPU.
 
     python benchmarks/token_efficiency.py --data FOLDER --out FOLDER [--seconds 520] [--done cells.jsonl ...]
-        [--workers 8] [--million 1048576] [--groups core noise ...] [--only NAME] [--list] [--toy] [--cpu]
+        [--workers 8] [--million 1048576] [--groups core noise ...] [--only NAME] [--list] [--toy]
 
 --data is what `python benchmarks/token_data.py` makes. Every cell (`_token_cells.py`) trains all of its seeds as one
 batched model in one of --workers processes for each GPU. OUT/cells.jsonl gets a row as soon as a seed has reached a
@@ -13,7 +13,7 @@ the file as such. --done names results of earlier calls, whose finished cells ar
 On one H200 beside nothing else, the folder of data made by token_data.py:
 
     export OMP_NUM_THREADS=1 PYTHONPATH=src
-    python benchmarks/token_efficiency.py --data FOLDER --out OUT --seconds 300 --workers 10
+    python benchmarks/token_efficiency.py --data FOLDER --out OUT --seconds 550 --workers 4
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ import _token_cells as cells
 from _token_cells import Cell
 from _token_worker import ATTEMPTS, serve, settings_of
 
-OVERHEAD = 5.0
+OVERHEAD = 4.0
 """Seconds of a cell that do not depend on its length: building, first kernels, scoring."""
+SILENCE = 90.0
+"""Seconds after which a process that says nothing is taken for stuck."""
 
 
 class Results:
@@ -53,9 +55,12 @@ class Results:
         lines = [
             line for path in (*done, out / "cells.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
         ]
-        self.finished = {row["name"] for row in map(json.loads, lines) if row["status"] == "done" and "loss" in row}
+        self.rows = [row for row in map(json.loads, lines) if row["status"] == "done" and "loss" in row]
+        self.finished = {row["name"] for row in self.rows}
 
     def add(self, row: dict[str, Any]) -> None:
+        if "loss" in row:
+            self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
@@ -76,6 +81,7 @@ class Worker:
     cell: Cell | None = None
     attempt: int = 0
     since: float = 0.0
+    heard: float = 0.0
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
@@ -89,6 +95,7 @@ class Pool:
         self.retries: list[tuple[Cell, int]] = []
         self.workers = [self.start(i % max(1, gpus)) for i in range(workers * max(1, gpus))]
         self.end = 0.0
+        self.found: str | None = None
 
     def start(self, gpu: int) -> Worker:
         ours, theirs = self.context.Pipe()
@@ -104,7 +111,7 @@ class Pool:
         Learned from those of its size that ended, else from all.
         """
         known = self.factors[cell.size] or [f for found in self.factors.values() for f in found]
-        factor = statistics.median(known) if known else 0.7 * self.args.workers
+        factor = statistics.median(known) if known else self.args.workers
         shorter = dataclasses.replace(cell, lengths=cell.lengths[: max(1, len(cell.lengths) - 1)])
         return OVERHEAD + factor * cells.cost(shorter)
 
@@ -112,20 +119,33 @@ class Pool:
         """The next cell that fits in the time left, and which attempt it is."""
         left = self.end - time.monotonic()
         for cell, attempt in [*self.retries, *((cell, 0) for cell in self.queue)]:
-            if self.estimate(cell) < left:
+            chosen = self.resolved(cell)
+            if chosen is not None and self.estimate(chosen) < left:
                 if attempt:
                     self.retries.remove((cell, attempt))
                 else:
                     self.queue.remove(cell)
-                return cell, attempt
+                return chosen, attempt
         return None
+
+    def resolved(self, cell: Cell) -> Cell | None:
+        """The cell, with the variant that the search has found; None as long as it is at work."""
+        if cell.variant != cells.BEST:
+            return cell
+        others = [*self.queue, *(w.cell for w in self.workers if w.cell)]
+        searched = [c for c in others if c.group == "search" and c.variant in cells.SEARCH]
+        if self.found is None and not searched:
+            self.found = cells.best(self.results.rows, "toy" if cell.size == "toy" else "s", cell.batch)
+            if self.found:
+                self.results.say(f"the search has found {self.found}")
+        return dataclasses.replace(cell, variant=self.found) if self.found else None
 
     def assign(self, worker: Worker) -> bool:
         found = self.next()
         if found is None:
             return False
         worker.cell, worker.attempt = found
-        worker.since, worker.curve = time.monotonic(), []
+        worker.since, worker.heard, worker.curve = time.monotonic(), time.monotonic(), []
         worker.connection.send(found)
         return True
 
@@ -138,6 +158,10 @@ class Pool:
             busy = {w.connection: w for w in self.workers if w.cell}
             for connection in wait(list(busy), timeout=max(0.0, min(5.0, self.end - time.monotonic()))):
                 self.listen(busy[connection])  # type: ignore[index]
+            for worker in [w for w in self.workers if not w.cell]:
+                self.assign(worker)  # the search may have ended
+            for worker in [w for w in busy.values() if w.cell and time.monotonic() - w.heard > SILENCE]:
+                self.failed(worker, f"nothing heard for {SILENCE:.0f} s")
         for worker in self.workers:
             if worker.cell is not None:
                 self.end_cell(worker, {"status": "cut off by the time"})
@@ -148,6 +172,7 @@ class Pool:
 
     def listen(self, worker: Worker) -> None:
         assert worker.cell is not None
+        worker.heard = time.monotonic()
         value: Any
         try:
             kind, value = worker.connection.recv()
@@ -164,18 +189,22 @@ class Pool:
             self.factors[worker.cell.size].append(max(0.0, wall - OVERHEAD) / cells.cost(worker.cell))
             self.end_cell(worker, {"status": "done"})
         else:
-            if worker.attempt + 1 < len(ATTEMPTS):
-                self.results.say(f"again with {ATTEMPTS[worker.attempt + 1]}: {worker.cell.name}: {value[-1500:]}")
-                self.retries.append((worker.cell, worker.attempt + 1))
-                worker.cell = None
-            else:
-                self.end_cell(worker, {"status": "failed", "error": value[-1500:]})
-            worker.process.kill()
-            self.workers.remove(worker)
-            worker = self.start(worker.gpu)
-            self.workers.append(worker)
-        if worker.cell is None:
+            self.failed(worker, value)
+        if worker.cell is None and worker in self.workers:
             self.assign(worker)
+
+    def failed(self, worker: Worker, why: str) -> None:
+        """A new process in place of the worker's; its cell is tried again, or has failed."""
+        assert worker.cell is not None
+        if worker.attempt + 1 < len(ATTEMPTS):
+            self.results.say(f"again with {ATTEMPTS[worker.attempt + 1]}: {worker.cell.name}: {why[-1500:]}")
+            self.retries.append((worker.cell, worker.attempt + 1))
+        else:
+            self.end_cell(worker, {"status": "failed", "error": why[-1500:]})
+        worker.process.kill()
+        self.workers.remove(worker)
+        self.workers.append(self.start(worker.gpu))
+        self.assign(self.workers[-1])
 
     def add_row(self, worker: Worker, row: dict[str, Any]) -> None:
         cell = worker.cell
@@ -197,7 +226,10 @@ class Pool:
 
 
 def plan_of(args: argparse.Namespace) -> list[Cell]:
-    chosen = cells.toy() if args.toy else cells.cpu() if args.cpu else cells.plan(million=args.million)
+    chosen = cells.toy() if args.toy else cells.plan(million=args.million)
+    if args.only:  # by what it found
+        found = [dataclasses.replace(c, variant=v) for c in chosen if c.variant == cells.BEST for v in cells.SEARCH]
+        chosen += [c for c in found if c not in chosen]
     chosen = [cell for cell in chosen if not args.groups or cell.group in args.groups]
     return [
         cell
@@ -221,7 +253,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=int, default=10_000, help="held-out rows and questions that are scored, at most")
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--cpu", action="store_true", help="the ablations at nano size instead")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if not args.list and not (args.data and args.out):
@@ -234,7 +265,7 @@ def main() -> None:
     queue = plan_of(args)
     if args.list:
         for cell in queue:
-            print(f"{cells.cost(cell):6.1f} s  {cell.group:9}{cell.name}")
+            print(f"{cells.cost(cell):6.1f} s  {cell.group:12}{cell.name}")
         print(f"{len(queue)} cells, {sum(map(cells.cost, queue)):.0f} s of one H200 by a rough guess")
         return
     args.out.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _token_graph import Captured
 from _token_seeds import SeedOptimizer, by_seed, together
 
 from sidlm.models import SidForCausalLM
@@ -38,10 +40,12 @@ from sidlm.train.schedule import ScheduleConfig, learning_rate
 ROWS = 16384
 
 
-def rows_of(task: Any, probe: Probe, ways: int) -> tuple[torch.Tensor, torch.Tensor]:
+@functools.lru_cache(maxsize=64)  # the variants of a task read the same rows
+def rows_of(name: str, examples: int, seed: int, ways: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, labels) of a model's training problems, each written in as many ways as fit, at most `ways`."""
-    found = problems(task, probe.examples, test=False, seed=probe.seed)
-    rng = np.random.default_rng([probe.seed, 3])
+    task = TASKS[name]()
+    found = problems(task, examples, test=False, seed=seed)
+    rng = np.random.default_rng([seed, 3])
     written = [batch(task, found, rng) for _ in range(max(1, min(ways, ROWS // len(found))))]
     tokens, labels = (np.concatenate(x) for x in zip(*written, strict=True))
     return torch.from_numpy(tokens), torch.from_numpy(labels)
@@ -57,11 +61,19 @@ def run(probes: list[Probe], ways: int, device: torch.device, say: Any) -> None:
         models.append(SidForCausalLM(made))
         models[-1].to(device).train()
     plain = copy.deepcopy(models[0])
-    texts = [[x.to(device) for x in rows_of(task, probe, ways)] for probe in probes]
+    texts = [[x.to(device) for x in rows_of(p.task, p.examples, p.seed, ways)] for p in probes]
     test = batch(task, problems(task, TEST_PROBLEMS, test=True, seed=0), np.random.default_rng(1))
     tried = [(test, [x[:TEST_PROBLEMS].cpu().numpy() for x in text]) for text in texts]
     model = together(models)
     optimizer = SeedOptimizer(model, count, OptimConfig(lr=first.lr, weight_decay=0.1))
+
+    def update(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = seed_losses(model, tokens, labels, count, device)
+        losses.sum().backward()
+        optimizer.step()
+        return losses.detach()
+
+    captured = Captured(update, optimizer.forget_gradients) if device.type == "cuda" else None
     schedule = ScheduleConfig(warmup_steps=min(50, first.steps // 2))
     draws = [torch.Generator(device=device).manual_seed(probe.seed) for probe in probes]
     curves: list[list[dict[str, Any]]] = [[] for _ in probes]
@@ -69,12 +81,12 @@ def run(probes: list[Probe], ways: int, device: torch.device, say: Any) -> None:
     for step in range(first.steps):
         picked = [draw(text[0], text[1], first.batch, g) for text, g in zip(texts, draws, strict=True)]
         rows = [torch.cat(part) for part in zip(*picked, strict=True)]
-        losses = seed_losses(model, rows[0], rows[1], count, device)
-        losses.sum().backward()
-        optimizer.step(learning_rate(step, schedule, peak=first.lr, total_steps=first.steps))
+        optimizer.set_rate(learning_rate(step, schedule, peak=first.lr, total_steps=first.steps))
+        losses = (captured or update)(*rows)
         if step in (0, 100):
-            after = time.perf_counter() - started
-            print(f"{first.task} {first.variant}: step {step}, {losses[0].item():.3f} after {after:.1f} s", flush=True)
+            after, problem = time.perf_counter() - started, captured.problem[-1200:] if captured else ""
+            said = f"step {step}, {losses[0].item():.3f} after {after:.1f} s {problem}"
+            print(f"{first.task} {first.variant}: {said}", flush=True)
         if (step + 1) % max(1, first.steps // 10) == 0:
             for i, (curve, loss) in enumerate(zip(curves, losses.tolist(), strict=True)):
                 with torch.no_grad():

@@ -35,6 +35,7 @@ from _token_compare import (
     slopes,
     standard,
 )
+from _token_search import CHOSEN_HEAD, SEARCH_HEAD, chosen_lines, search_lines
 from _token_statistics import (
     Row,
     at_equal_flops,
@@ -183,7 +184,7 @@ def rates(rows: list[Row]) -> str:
     wanted = {row["tokens"] for row in rows if row["group"] == "rates"}
     cells: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in of(rows, size="s", batch=8, repeat=0):
-        if row["tokens"] in wanted and row["seed"] < 3:
+        if row["tokens"] in wanted and row["seed"] < 4:
             cells[row["variant"]][row["peak_lr"]].append(row["loss"])
     columns = sorted({lr for found in cells.values() if len(found) > 1 for lr in found})
     body = [[v, *(f"{statistics.mean(found[lr]):.4f} ({len(found[lr])})" if lr in found else "" for lr in columns)]
@@ -198,6 +199,12 @@ def ablation_table(found: list[Ablation]) -> str:
         for variant, to, cost in found
     ]  # fmt: skip
     return table(["variant", "seeds", "FLOPs", "minus full", "minus full, equal FLOPs", "minus sliding"], body)
+
+
+def search(rows: list[Row]) -> str:
+    """All that was searched, at its longest length."""
+    searched = [row["tokens"] for row in rows if row["group"] == "search"]
+    return table(SEARCH_HEAD, search_lines(rows, "s", max(searched)) if searched else [])
 
 
 def parts(rows: list[Row], name: str) -> str:
@@ -277,7 +284,8 @@ def main() -> None:
             ("Cells", f"{len(every)} rows; cells not finished: {[(r['name'], r['status']) for r in others]}\n"),
             ("Noise", noise(every)), ("Resolution", resolution(rows)), ("Rates", rates(every)), ("Core", core(rows)),
             ("All sizes", overall(rows)), ("Local exponents", local_exponents(rows)), ("Fits", fits(args.core)),
-            ("Ablations", ablation_table(found)),
+            ("Ablations", ablation_table(found)), ("Search", search(every)),
+            ("Tiny windows", table(CHOSEN_HEAD, chosen_lines(every))),
             ("Domains", parts(rows, "domains")), ("Answers", parts(rows, "answers")), ("Seconds", seconds(rows)),
         ]  # fmt: skip
         plots.plot_core(rows, args.plots / "token-efficiency.png")

@@ -53,3 +53,9 @@ def test_value_and_gradient_plain_and_transposed(kernels, kind):
         assert torch.equal(h_turned.float(), plain.T.float())
         close(dy, y.grad, scale)
         assert torch.equal(dy_turned.float(), dy.T.float())
+
+
+def test_the_scale_of_a_whole_matrix(kernels):
+    x = torch.randn(130, 1100)
+    x[77, 1050] = -449.0 * 2**5
+    assert kernels.scale_of(x).item() == 2.0**6 and kernels.scale_of(x.clamp(min=-448.0 * 2**5)).item() == 2.0**5

@@ -65,6 +65,14 @@ def test_arms_have_as_many_parameters(script, monkeypatch, name):
     assert configs["dense"].intermediate_size == 1.5 * configs["swiglu"].intermediate_size
 
 
+def test_arms_of_one_seed_come_last(script, files, monkeypatch):
+    module, run = script
+    order = []
+    monkeypatch.setattr(module, "run", lambda args, arm, seed, *_: order.append((arm, seed)))
+    run("--config", NANO, "--arms", "recipe", "dense", "--once", "naive", "--seeds", "3", "4", *files)
+    assert order == [("recipe", 3), ("dense", 3), ("recipe", 4), ("dense", 4), ("naive", 3)]
+
+
 def test_a_run_of_two_steps_and_its_table(script, files, tmp_path, capsys):
     _, run = script
     run("--config", NANO, "--arms", "recipe", "--seeds", "3", "--warmup", "1", "--plot", tmp_path / "plot.png", *files,

@@ -31,11 +31,25 @@ def test_the_plan_has_each_cell_once_and_whole_seeds():
     plan = cells.plan()
     names = [cell.name for cell in plan]
     assert len(set(names)) == len(names)
-    rows = [name for cell in plan for name in cell.row_names]
-    assert len(set(rows)) == len(rows)
     core = {(c.size, c.variant, c.seeds, c.lengths) for c in plan if c.group == "core"}
     lengths = tuple(128 * millions for millions in cells.LENGTHS)
-    assert core == {(s, v, (0, 1, 2, 3), lengths) for s in ("xs", "s", "m", "l") for v in cells.CORE}
+    assert core >= {(s, v, (0, 1, 2, 3), lengths) for s in ("xs", "s", "m", "l") for v in cells.CORE}
+    started = [c for c in plan if c.group in ("core", "search", "ablation", "cheap")]
+    assert {tuple(sorted(c.seeds)) for c in started} == {(0, 1, 2, 3), (0,), (1,), (2,), (3,)}
+
+
+def test_the_search_finds_what_is_best_at_equal_flops():
+    def row(variant, tokens, loss, cost):
+        place = {"size": "s", "lr": 1.0, "batch": 8, "repeat": 0, "seed": 0}
+        return place | {"variant": variant, "tokens": tokens, "loss": loss, "flops": cost * tokens}
+
+    found = [row("full", n, 9 * n**-0.1, 1.0) for n in (1_000, 2_000, 4_000)]
+    assert cells.best(found, "s", 8) is None
+    dear, cheap = cells.SEARCH[:2]
+    for n, better in ((1_000, 1.3), (2_000, 1.2)):
+        found += [row(dear, n, 9 * (better * n) ** -0.1, 1.25), row(cheap, n, 9 * (1.01 * n) ** -0.1, 1.0)]
+    found.append(row(dear, 4_000, 1.0, 1.25))  # reached by one alone
+    assert cells.best(found, "s", 8) == cheap and cells.best(found[:-1], "s", 4) is None
 
 
 def rows(values):
@@ -186,3 +200,95 @@ def test_equal_flops_and_local_exponents_on_a_power_law():
     slopes = compare.slopes(rows, "a", "D", "m", 1_000, 4_000, 0)
     assert slopes == {0: pytest.approx(0.1), 1: pytest.approx(0.1)}
     assert compare.slopes(rows, "full", "N", "m to l", 0, 0, 2_000) == {0: 0.0, 1: 0.0}
+
+
+def fake_graphs(monkeypatch, works):
+    """CUDA graphs on a CPU: a capture runs nothing, a replay calls the function on the captured inputs."""
+    import contextlib
+
+    import _token_graph
+    import torch
+
+    cuda = _token_graph.torch.cuda
+
+    class Graph:
+        def replay(self):
+            self.run()
+
+    @contextlib.contextmanager
+    def graph(made, capture_error_mode):
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(cuda, "Stream", Stream)
+    monkeypatch.setattr(cuda, "current_stream", Stream)
+    monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(cuda, "graph", graph)
+    monkeypatch.setattr(cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: None)
+    return _token_graph
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_step_that_is_captured_or_cannot_be_gives_the_same_numbers(monkeypatch, works):
+    import torch
+
+    captured = fake_graphs(monkeypatch, works).Captured
+    state, forgotten = torch.zeros(2), []
+
+    def step(x, y):
+        state.add_(x * y)
+        return state.sum() + 0
+
+    run = captured(step, lambda: forgotten.append(True))
+    found = []
+    for i in range(1, 8):
+        if run.calls == captured.__init__.__globals__["WARM"] and works:
+            kept = state.clone()
+            run._capture((torch.ones(2), torch.ones(2)))
+            state.copy_(kept)  # a real capture runs nothing
+            run.graph.run = lambda: run.result.copy_(step(*run.inputs))
+        found.append(run(torch.full((2,), float(i)), torch.ones(2)))
+    assert [x.item() for x in found] == [2.0 * sum(range(1, i + 1)) for i in range(1, 8)]
+    assert (run.graph is not None) == works and bool(run.problem) == (not works) == bool(forgotten)
+
+
+def test_the_step_of_several_seeds_waits_for_nothing_that_a_graph_would_not_see(monkeypatch):
+    """Every number that changes from step to step lies in a tensor: a replay of one step is the next step."""
+    import torch
+    from _token_seeds import SeedRun, TextRows
+
+    from sidlm.models import SidForCausalLM
+    from sidlm.train.config import OptimConfig, RunConfig
+
+    cell = cells.Cell(group="", size="toy", variant="determinant (32,4)", seeds=(0, 1), lengths=(9,))
+    cfg = RunConfig(optim=OptimConfig(name="muon", embedding_lr_scale=10.0))
+
+    def run():
+        models = []
+        for seed in cell.seeds:
+            torch.manual_seed(seed)
+            models.append(SidForCausalLM(cells.recipe(cell, vocab=40).config))
+        return SeedRun(models, cfg, TextRows(torch.arange(40).short(), cell.seeds, 2, 6))
+
+    plain, other = run(), run()
+    reads = []
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: reads.append(x))
+    for step, lr in enumerate((0.01, 0.02, 0.005)):
+        plain.step(step, lr)
+        other.optimizer.set_rate(lr)
+        other.losses.append(other.update(*other.rows(step)))
+    monkeypatch.undo()
+    assert not reads
+    for one, two in zip(plain.optimizer.tensors(), other.optimizer.tensors(), strict=True):
+        assert torch.equal(one, two)
+    first = run()
+    for step, lr in enumerate((0.01, 0.02, 0.02)):
+        first.step(step, lr)
+    assert not torch.equal(first.model.lm_head.weight, plain.model.lm_head.weight)  # the rate is read every time

@@ -114,3 +114,12 @@ def test_the_check_of_hopper_is_of_its_own_kernels(monkeypatch):
 
 def test_unknown_device(fails):
     assert "--device nonsense" in fails("doctor", "--device", "nonsense")
+
+
+def test_what_sid_impl_names_is_shown_or_refused(sid, fails, monkeypatch):
+    monkeypatch.setenv("SID_IMPL", "simplicial=reference")
+    rows = json.loads(sid("doctor", "--json")[1])["operations"]
+    why = {row["impl"]: row["reason"] for row in rows if row["op"] == "simplicial"}
+    assert (why["reference"], why["eager"]) == ("named by SID_IMPL", "on request")
+    monkeypatch.setenv("SID_IMPL", "simplical=reference")
+    assert "SID_IMPL names 'simplical'; the operations are" in fails("doctor")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def test_a_mesh_by_hand_as_json(capsys):
     assert kept == sorted(kept, reverse=True) and kept[1] == found["plan"]["memory_bytes"]["activations"]
 
 
+def test_a_dry_run_of_the_config_as_it_is(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    words = ["--gpus", "256", "--mesh", "config", "--json", "--data.train", str(tmp_path), "--parallel.tp", "2"]
+    words += ["--parallel.pp", "4", "--parallel.pipeline.virtual_stages", "2", "--train.micro_batch_size", "2"]
+    words += ["--train.recompute", "blocks", "--train.steps", "9000", "--recipe.batch", "1B:256x8192"]
+    status, out, _ = plan(capsys, str(ROOT / "configs/8b.yaml"), *words)
+    found = json.loads(out)
+    assert status == 0 and found["plan"]["mesh"] == {"tp": 2, "cp": 1, "pp": 4, "dp": 32}
+    assert (found["plan"]["micro_batch"], found["plan"]["virtual_stages"]) == (
+        1,
+        2,
+    )  # of rows twice as long as at first
+    assert found["plan"]["recompute"] == "blocks" and found["meshes_searched"] == 1
+    first = math.ceil(10**9 / (1024 * 4096))
+    assert found["run"]["steps"] == 9000
+    assert found["run"]["tokens"] == first * 1024 * 4096 + (9000 - first) * 256 * 8192
+    assert found["data"] == {str(tmp_path): {"files": 1, "bytes": 1000}}
+
+
 def test_a_sid_model_over_long_rows(capsys):
     words = ["--gpus", "64", "--hardware", "h200", "--model.arch", "sid", "--data.seq_len", "131072"]
     words += ["--train.batch_size", "128", "--mesh", "tp=2,cp=8,dp_shard=2,dp_replicate=2", "--json"]
@@ -71,6 +91,8 @@ def test_a_small_model_on_one_gpu_fits(capsys):
         (["--gpus", "8", "--mesh", "tp=2,dp=2"], "tp 2 x cp 1 x pp 1 x dp 2 = 4, but --gpus is 8"),
         (["--gpus", "8", "--mesh", "tq=2"], "expected NAME=SIZE,... with names of tp, cp, pp, dp"),
         (["--gpus", "8", "--mesh", "tp=8"], "num_attention_heads (12) does not divide by tp (8)"),
+        (["--gpus", "8", "--mesh", "config", "--parallel.tp", "3"], "tp 3 = 3, which does not divide the 8 processes"),
+        (["--gpus", "8", "--mesh", "config", "--data.train", "nope"], "data source 'nope' does not exist"),
         (["--gpus", "17"], "no mesh of 17 GPUs divides a batch of 16 rows"),
         (["--gpus", "0"], "must be at least 1"),
         (["--gpus", "8", "--hardwar", "h100"], "did you mean --hardware?"),

@@ -35,6 +35,7 @@ NOT_RUN = {
     "torchrun": "several processes; tests/train/test_processes.py runs them",
     "make": "continuous integration runs the targets themselves",
     "sid demo": "trains for minutes; tests/cli/test_demo.py runs it with fewer steps",
+    "sid launch": "several processes; tests/train/test_bad_input.py runs it",
     "sid extend": "trains until every gate is passed; tests/train/test_extend.py runs it",
     "sid chat": "reads from a terminal; tests/cli/test_chat.py drives it",
     "pytest": "this very suite",
@@ -194,11 +195,36 @@ def test_every_command_is_documented():
     assert [name for name in COMMANDS if f"sid {name}" not in text] == []
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if not re.match(r"[a-z]+:", target):
-                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+def links(page: Path) -> list[tuple[Path, str]]:
+    """(page or file, heading or "") of every relative link."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", target)]
+    parts = [target.partition("#") for target in targets]
+    return [((page.parent / file).resolve() if file else page, heading) for file, _, heading in parts]
+
+
+def headings(page: Path) -> set[str]:
+    """As links name them: lower case, hyphens for spaces, no other punctuation."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+def test_links_lead_somewhere_and_to_every_page():
+    pages = [*PAGES, *(ROOT / "docs" / "results").glob("*.md"), *(ROOT / "src").rglob("README.md")]
+    reached = set()
+    for page in pages:
+        for file, heading in links(page):
+            assert file.exists(), f"{page.name} links to {file.relative_to(ROOT)}, which is not there"
+            if heading:
+                assert heading in headings(file), f"{page.name}: {file.name} has no heading {heading!r}"
+            reached |= {file} - {page}
+    assert {page for page in pages if ROOT / "docs" in page.parents} <= reached
+
+
+def test_every_result_is_on_a_page():
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    assert [file.name for file in (ROOT / "benchmarks" / "results").iterdir() if file.name not in text] == []
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import sidlm
 
 ROOT = Path(sidlm.__file__).parent
-LAYER = {"cli": 6, "serve": 5, "train": 4, "post": 4, "evaluate": 3, "scaling": 5}
+LAYER = {"cli": 7, "serve": 6, "scaling": 6, "train": 5, "post": 5, "evaluate": 4}
 LAYER |= {"parallel": 3, "data": 2, "models": 2, "nn": 1, "ops": 0}
 # the loop validates, and the server speaks post's chat format: train is above evaluate, serve
 # above post; a scaling grid trains

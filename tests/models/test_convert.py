@@ -261,17 +261,24 @@ def test_the_check_knows_nan():
 def test_files_start_where_torch_would_put_them(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.zeros(0, 4), "d": torch.randn(2, 2)}
     entries = {name: Entry(tuple(x.shape), x.dtype) for name, x in tensors.items()}
-    write_safetensors(tmp_path, entries, tensors.items(), max_bytes=70)
+    write_safetensors(tmp_path, entries, tensors.__getitem__, max_bytes=70)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(x.numel() * x.element_size() for x in tensors.values())
+    assert index["metadata"]["total_parameters"] == 15 + 7 + 4
     assert len(set(index["weight_map"].values())) == 2
+    for share in ((1, 2), (0, 2)):  # two processes write the same folder
+        (tmp_path / "shared").mkdir(exist_ok=True)
+        write_safetensors(tmp_path / "shared", entries, tensors.__getitem__, max_bytes=70, share=share)
+    for path in (tmp_path / "shared").iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    assert len(list((tmp_path / "shared").iterdir())) == 3
     for name, file in index["weight_map"].items():
         content = (tmp_path / file).read_bytes()
         assert (8 + int.from_bytes(content[:8], "little")) % 64 == 0
         with safe_open(tmp_path / file, "pt") as opened:
             assert torch.equal(opened.get_tensor(name), tensors[name])
-    with pytest.raises(ValueError, match=r"b .* was announced, got a"):
-        write_safetensors(tmp_path, {"b": entries["a"]}, [("a", tensors["a"])])
+    with pytest.raises(ValueError, match=r"b .* was announced, got \(3, 5\)"):
+        write_safetensors(tmp_path, {"b": entries["b"]}, {"b": tensors["a"]}.__getitem__)
 
 
 MEMORY = """

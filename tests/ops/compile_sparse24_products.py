@@ -33,8 +33,10 @@ def launches(arch: str) -> Iterator[tuple[str, Launch]]:
     yield "rescaled", triton_rescale.plan(scaled, None, None, product)
     yield "unpack", triton_unpack.plan(empty(T, F // 2, dtype=BF16), metadata, None, empty(T, F, dtype=BF16))
     if arch != "sm_80":  # has no e4m3
-        x, values = empty(T, D, dtype=BF16), empty(T, D, dtype=FP8)
-        yield "quantize", triton_quantize.plan(x, values, empty(T))
+        for name, x in (("", empty(T, D, dtype=BF16)), (" wide", empty(D, F, dtype=BF16))):
+            given = x, empty(*x.shape, dtype=FP8), empty(len(x))
+            yield f"quantize{name}", triton_quantize.plan(*given, None, arch)
+            yield f"quantize{name}, tops", triton_quantize.plan(*given, empty(x.shape[1], dtype=torch.int32), arch)
 
 
 def main() -> None:

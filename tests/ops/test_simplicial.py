@@ -345,6 +345,9 @@ def test_bad_input_is_named(impl, unchecked):
     fails("v is torch.float64, but q is torch.float32", _with(xs, "v", v.double()))
     fails("k is on meta, but q is on cpu", _with(xs, "k", k.to("meta")))
     fails("window[1] is 0, but must be at least 1", window=(4, 0))
+    fails("window is (4, 2, 1), but must be two integers (w1, w2)", window=(4, 2, 1))
+    fails("window is (4.5, 2), but must be two integers (w1, w2)", window=(4.5, 2))
+    fails("window is 4, but must be two integers (w1, w2)", window=4)
     fails("form is 'cubic', but must be one of trilinear, determinant", form="cubic")
     fails("doc_ids has shape (2, 7), expected (2, 8)", doc_ids=torch.zeros(2, 7, dtype=torch.long))
     fails("doc_ids is torch.float32 on cpu, expected integers on cpu", doc_ids=torch.zeros(2, 8))
@@ -374,4 +377,7 @@ def test_unknown_implementation_is_named(monkeypatch):
         two_simplicial_attention(*xs, impl="cuda")
     monkeypatch.setenv("SID_IMPL", "simplicial=nothing")
     with pytest.raises(ValueError, match="no implementation 'nothing'"):
+        two_simplicial_attention(*xs)
+    monkeypatch.setenv("SID_IMPL", "simplical=eager")
+    with pytest.raises(ValueError, match="SID_IMPL names 'simplical'; the operations are "):
         two_simplicial_attention(*xs)

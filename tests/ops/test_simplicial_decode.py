@@ -219,6 +219,7 @@ def test_bad_input_is_named(unchecked):
     fails(r"v2 has 7 slots, but k2 has 6", v2=torch.cat((v2, v2[:, :1]), 1))
     fails(r"v is torch.float32, but q is torch.float64", v=v.float())
     fails(r"window\[1\] is 0, but must be at least 1", window=(9, 0))
+    fails(r"window is \(9,\), but must be two integers \(w1, w2\)", window=(9,))
     fails(r"form is 'cubic', but must be one of trilinear, determinant", form="cubic")
     fails(r"lengths has shape \(1,\), expected \(2,\)", lengths=torch.tensor([30]))
     fails(r"lengths is torch.float32 on cpu, expected integers on cpu", lengths=torch.tensor([30.0, 4.0]))

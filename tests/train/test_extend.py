@@ -46,7 +46,7 @@ def gates(monkeypatch):
     def give(*numbers):
         left = list(zip(numbers[::2], numbers[1::2], strict=True))
 
-        def measured(run, length=0, gate=None):
+        def measured(run, group, length=0, gate=None):
             loss, recall = left.pop(0)
             found = {"loss": loss, "bits_per_byte": loss}
             return found | ({"needles": {"recall": recall, "depth 0.50": recall}} if gate else {})

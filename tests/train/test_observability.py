@@ -10,7 +10,7 @@ import torch
 
 from sidlm.errors import SidError
 from sidlm.models import SidForCausalLM, preset
-from sidlm.train import folder, ledger, sparsity
+from sidlm.train import folder, ledger, sparsity, stragglers
 from sidlm.train.health import files
 from sidlm.train.layers import LayerStatistics, sums
 from sidlm.train.ledger import Ledger, summary
@@ -149,7 +149,7 @@ def test_sparsity_of_all_stages():
 class Four:
     """Four processes, seen from one."""
 
-    count, mesh = 4, None
+    count, rank, mesh = 4, 2, None
 
     def __init__(self, local):
         self.local = local
@@ -158,7 +158,8 @@ class Four:
         return [[seconds, *values[1:]] for seconds in self.local]
 
     def everyone(self, value):
-        return ["here", "there", "elsewhere", "nowhere"]
+        hosts = ["here", "there", "elsewhere", "nowhere"]
+        return hosts if isinstance(value, str) else [(host, *value[1:]) for host in hosts]
 
 
 def test_a_slow_process_is_named_once():
@@ -178,6 +179,60 @@ def test_a_slow_process_is_named_once():
     )
     nothing = (None, -1)
     assert said == [nothing, nothing, (line, 2), (None, 2), ("rank 2 is no longer slow", -1), nothing, nothing]
+
+
+@pytest.fixture
+def pace(monkeypatch):
+    """pace(seconds by itself, seconds of the step): rank 2's, after five steps of 0.1 of 0.5 s."""
+    recorded = [{"name": "all_reduce", "number": i, "group": "dp_shard", "time": 100.0 + t}
+                for i, t in enumerate([0.1, 0.2, 3.2, 3.3])]  # fmt: skip
+    monkeypatch.setattr(stragglers.dump, "collectives", lambda last: recorded)
+    monkeypatch.setattr(stragglers.time, "time", lambda: 103.4)
+    one = Pace(torch.nn.Identity(), Four([0.1, 0.1, 3.0, 0.1]), torch.device("cpu"))
+
+    def step(own, seconds):
+        one.seconds = own
+        one.step_done(seconds, 80, 0.25)
+
+    for own in (9.0, 0.1, 0.1, 0.1, 0.1, 0.1):
+        step(own, 0.5)
+    assert not one.held_up
+    return one, step
+
+
+def test_who_holds_up_a_single_step_is_named_at_once(pace):
+    one, step = pace
+    step(3.0, 3.4)
+    assert one.held_up
+    assert one.judge_step(57) == (
+        "rank 2 (elsewhere) is slow: it took 3.00 s by itself in step 57, the median of its peers is 0.10 s, and came "
+        "late to all_reduce #2 (dp_shard)", 2
+    )  # fmt: skip
+    one.group.local = [3.0, 2.9, 3.0, 3.1]  # all of them were slow
+    assert one.judge_step(57) == (None, -1)
+    step(0.1, 0.5)
+    assert not one.held_up
+
+
+@pytest.mark.parametrize(("own", "seconds"), [(0.9, 1.3), (0.1, 5.0)])
+def test_a_step_that_a_process_does_not_hold_up(pace, own, seconds):
+    """A hiccup of less than a second; a step in which it waited for others."""
+    one, step = pace
+    step(own, seconds)
+    assert not one.held_up
+
+
+def test_steps_as_long_as_usual_hold_nobody_up(pace):
+    one, step = pace
+    for _ in range(64):
+        step(2.0, 4.0)
+    step(3.9, 6.0)
+    assert not one.held_up
+    step(4.1, 6.0)
+    assert one.held_up
+    one.named = 2  # it is known to be slow
+    step(4.1, 6.0)
+    assert not one.held_up
 
 
 def test_lines_of_many_ranks_are_one(tmp_path):

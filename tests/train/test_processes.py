@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sidlm.cli.extend import main as extend
 from sidlm.cli.train import main
 from sidlm.errors import SidError
-from sidlm.train import processes
+from sidlm.train import loop, processes
 from sidlm.train.metrics import read_json_lines
 
 PROGRAM = Path(__file__).with_name("process_runs.py")
@@ -76,6 +78,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def disturbed(*arguments, step=loop.train_step):
+    """A step before which random numbers were drawn: it looks at none, so there is no such state in a checkpoint."""
+    torch.rand(7)
+    return step(*arguments)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, argv):
     """Folder of all runs, and what each process came to."""
@@ -84,6 +92,14 @@ def runs(tmp_path_factory, argv):
     def line(name, **changes):
         return argv(place / name, **SIZES | CHANGES | (EXPERTS if name.startswith("experts-") else {}) | changes)
 
+    def extension(name, **changes):
+        """One stage from the run "one", whose gate no model of so few steps passes."""
+        settings = {"model.init_from": place / "one", "model.set": ["simplicial_window=[8,4]"], "extend.attempts": 1,
+                    "extend.stages": ["384:4x96"], "extend.tolerance": 10, "extend.repeats": 1}  # fmt: skip
+        found = argv(place / name, **CHANGES | settings | changes)
+        at = found.index("--data.vocab_size")
+        return found[:at] + found[at + 2 :]  # the tokenizer is that of the run
+
     assert main(line("one")) == 0
     assert main(line("experts-one")) == 0
     for name in MESHES:
@@ -91,17 +107,21 @@ def runs(tmp_path_factory, argv):
             stop_at(place / "one", place / name, 2)
     commands = [(name, ["train", *line(name, **changes)]) for name, changes in MESHES.items()]
     commands += [(name, ["train", *line(name, **changes)]) for name, (changes, _) in MISTAKES.items()]
+    commands += [("extended", ["extend", *extension("extended", **{"parallel.pp": 2})])]
     commands += [("key", ["train", *line("key"), "--train.betch_size", "8"])]
     program = [sys.executable, PROGRAM, place]
     done = subprocess.run(program, input=json.dumps(commands), text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+    with pytest.raises(SidError, match="0% of the needles are found"):
+        extend(extension("extended-one"))
     for source, name in RESUMED.items():
         if source == "experts-ep2-pp2":  # one bit of what the last process wrote
             shutil.copytree(place / source, place / name)
             flip(place / name / "checkpoints/step-00000004/tensors/__3_0.distcp")
         else:
             stop_at(place / source, place / name, 2)
-        assert main(line(name)) == 0
+        with mock.patch.object(loop, "train_step", disturbed):
+            assert main(line(name)) == 0
     return place, json.loads((place / "statuses.json").read_text())
 
 
@@ -133,6 +153,28 @@ def test_statistics_of_layers_are_those_of_one_process(runs, name):
     for key, values in expected["gradient"].items():
         # where a number is all but zero, rounding decides
         assert found["gradient"][key] == pytest.approx(values, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tp2-dp2", "resumed-on-one", "pp2-dp2-resumed-on-one", "resumed-on-tp2-cp2"])
+def test_schedule_and_place_in_the_data_are_those_of_one_process(runs, name):
+    place, _ = runs
+    expected, found = (read_json_lines(place / run / "metrics.jsonl") for run in ("one", name))
+    assert [(r["step"], r["lr"], r["tokens"]) for r in found] == [(r["step"], r["lr"], r["tokens"]) for r in expected]
+    states = [json.loads((place / run / "checkpoints/step-00000004/state.json").read_text()) for run in ("one", name)]
+    for key in ("step", "tokens", "skipped", "skipped_in_a_row", "data", "model"):
+        assert states[0][key] == states[1][key], key
+
+
+def test_a_gate_is_that_of_one_process(runs):
+    """Nobody holds the model that is measured; before the extension and after a stage."""
+    place, statuses = runs
+    assert statuses["extended"][0] == 2 and all(statuses["extended"])
+    assert "0% of the needles are found" in (place / "extended.0.err").read_text()
+    found, expected = (json.loads((place / f"{name}/extend.json").read_text()) for name in ("extended", "extended-one"))
+    assert found["before"] == pytest.approx(expected["before"], rel=1e-6)
+    (gate,), (other,) = (record["stages"][0]["gates"] for record in (found, expected))
+    assert gate["needles"] == other["needles"] and len(gate["needles"]) == 6
+    assert gate["loss"] == pytest.approx(other["loss"], rel=1e-6) and gate["loss"] != found["before"]["loss"]
 
 
 @pytest.mark.parametrize("name", MESHES)

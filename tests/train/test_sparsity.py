@@ -33,7 +33,7 @@ def states(monkeypatch):
         real = getattr(loop, name)
 
         def watched(*args):
-            layers = [m for m in args[position].modules() if getattr(m, "sparsity", None)]
+            layers = [m for m in args[position].model.modules() if getattr(m, "sparsity", None)]
             seen.append((what, {layer.enabled.item() for layer in layers}))
             return real(*args)
 

@@ -24,13 +24,17 @@ def parse(argv: Sequence[str]) -> Any:
     parser = Parser(
         "convert",
         "Write a checkpoint in another layout, with bounded memory, and compare the logits of the two.\n"
-        "Reads folders of transformers (Llama, Sid) and Meta's (params.json, consolidated.*.pth).",
+        "Reads folders of transformers (Llama, Sid), Meta's (params.json, consolidated.*.pth) and checkpoints of a\n"
+        "training (RUN/checkpoints/step-*, or RUN/checkpoints for the newest).",
         "  sid convert Llama-3.1-8B/original runs/llama-8b\n"
         "  sid convert runs/demo exported --to llama\n"
+        "  sid convert runs/demo/checkpoints/step-00000100 exported-100\n"
         "  sid convert runs/llama-8b original --to meta --shards 8\n"
         "  sid convert runs/llama-8b runs/sid-8b --simplicial-every 4 --simplicial-window 8192 1",
     )
-    parser.add_argument("source", help="folder of a checkpoint, or the run folder of a training")
+    parser.add_argument(
+        "source", help="folder of a checkpoint, the run folder of a training, or a step of its folder checkpoints"
+    )
     parser.add_argument("out", help="folder to write; it must not exist")
     parser.add_argument(
         "--to",
@@ -147,14 +151,17 @@ def main(argv: list[str]) -> int:
     check(args)
     from sidlm.models.convert.check import random_prompt, text_loss
     from sidlm.models.convert.run import PROMPT, Cast, convert, open_checkpoint
-    from sidlm.train.checkpoint import replacing
+    from sidlm.train.checkpoint import numbered, replacing
+    from sidlm.train.export import open_run_checkpoint
 
     out, folder = Path(args.out), Path(args.source)
     if out.exists():
         raise SidError(f"{out} exists: choose a new folder, a checkpoint is never overwritten")
-    if not (folder / "params.json").is_file():
-        folder = model_folder(folder)
-    source = open_checkpoint(folder, rope_factor=args.rope_factor)
+    if (folder / "state.json").is_file() or numbered(folder):
+        source: Checkpoint = open_run_checkpoint(folder)
+    else:
+        meta = (folder / "params.json").is_file()
+        source = open_checkpoint(folder if meta else model_folder(folder), rope_factor=args.rope_factor)
     target, rows = transformed(args, source)
     reference = Cast(source, next(iter(target.tensors.values())).dtype) if args.dtype else source
     length = min(PROMPT, args.simplicial_window[0]) if args.simplicial_every else PROMPT

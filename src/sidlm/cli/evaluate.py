@@ -66,11 +66,11 @@ def harness(args: Any, model: SidForCausalLM) -> dict[str, Any]:
 
 def haystacks(lengths: list[int], model: SidForCausalLM, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
     """Looks for needles at each length and shows how many were found; {length: {"recall": ..., by depth}}."""
-    from sidlm.evaluate.needle import needle_recall, needles, predictor
+    from sidlm.evaluate.needle import needle_recall, needles, reader_of
 
     report = {}
     for length in lengths:
-        report[str(length)] = found = needle_recall(predictor(model), needles(tokenizer, length))
+        report[str(length)] = found = needle_recall(reader_of(model), needles(tokenizer, length))
         print(
             f"needle in {length:,} tokens: " + ", ".join(f"{name} {100 * share:.0f}%" for name, share in found.items())
         )

@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": ("sidlm.cli.demo", "train, evaluate and sample a tiny model here, in minutes, with no download"),
     "plan": ("sidlm.cli.plan", "memory, speed and the best mesh of a run on GPUs that need not be there"),
     "train": ("sidlm.cli.train", "train a model from a config and your own data"),
+    "launch": ("sidlm.cli.launch", "train or extend in several processes, on one or many nodes: torchrun, quieter"),
     "extend": ("sidlm.cli.extend", "lengthen a model's context in stages with a gate after each"),
     "health": ("sidlm.cli.health", "where the processes of a run are, and what ended its starts"),
     "tokenizer": ("sidlm.cli.tokenizer", "train a tokenizer on your text"),

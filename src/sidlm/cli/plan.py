@@ -11,6 +11,7 @@ from sidlm.cli.common import Parser, number
 from sidlm.errors import SidError
 
 if TYPE_CHECKING:
+    from sidlm.parallel.hardware import Hardware
     from sidlm.parallel.layout import Job, Layout
     from sidlm.parallel.plan import Plan
     from sidlm.parallel.search import Found
@@ -31,24 +32,28 @@ def main(argv: list[str]) -> int:
     from sidlm.train.settings import argv_settings
 
     cfg = load_config(args.config, settings)
-    if {"data.seq_len", "train.batch_size"} & {key for key, *_ in argv_settings(RunConfig, settings)}:
+    given = {key for key, *_ in argv_settings(RunConfig, settings)}
+    if {"data.seq_len", "train.batch_size"} & given:
         cfg = replace(cfg, recipe=replace(cfg.recipe, batch=()))  # rows that are given are the ones to plan
 
     from sidlm.parallel.hardware import load_hardware
     from sidlm.parallel.search import search
 
-    job = job_of(cfg, args.precision)
-    fixed = mesh_of(args.mesh, args.gpus) if args.mesh else None
-    found = search(
-        job, args.gpus, load_hardware(args.hardware), fixed, how=args.recompute, cp_tokens=args.tokens_per_cp_rank
-    )
-    checked = check_shards(found.winner)
-    if args.json:
-        print(json.dumps(_as_dict(found, checked), indent=2))
+    job, hardware = job_of(cfg, args.precision), load_hardware(args.hardware)
+    data = data_of(cfg) if {"data.train", "data.valid"} & given else {}
+    if args.mesh == "config":
+        found = as_configured(cfg, job, args.gpus, hardware)
     else:
-        from sidlm.cli.plan_tables import show
+        fixed = mesh_of(args.mesh, args.gpus) if args.mesh else None
+        found = search(job, args.gpus, hardware, fixed, how=args.recompute, cp_tokens=args.tokens_per_cp_rank)
+    checked, whole = check_shards(found.winner), whole_run(cfg, found.winner)
+    if args.json:
+        print(json.dumps(_as_dict(found, checked) | {"run": whole, "data": data}, indent=2))
+    else:
+        from sidlm.cli.plan_tables import show, show_run
 
         show(found, checked, title=args.config)
+        show_run(whole, data)
     if not found.winner.fits:
         needed, there = found.winner.memory.total, found.winner.hardware.memory_bytes
         run = f"{args.gpus:,} x {found.winner.hardware.name}"
@@ -66,6 +71,7 @@ def _parser() -> Parser:
         "activations on a GPU, collectives and bytes of a step, pipeline bubble, time of a step and MFU. Searches "
         "meshes [TP, CP, PP, DP], micro-batches, stages and recomputation, and says why others lose. Needs no GPU.",
         "  sid plan configs/405b.yaml --gpus 16384\n"
+        "  sid plan configs/405b.yaml --gpus 16384 --mesh config --data.train notes.txt\n"
         "  sid plan configs/405b.yaml --gpus 16384 --mesh tp=8,cp=1,pp=16,dp=128 --json\n"
         "  sid plan configs/8b.yaml --gpus 64 --hardware h200 --data.seq_len 32768 --train.batch_size 128",
     )
@@ -74,7 +80,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--hardware", default="h100", help="h100, h200, b200, or a YAML file like theirs (default: h100)"
     )
-    parser.add_argument("--mesh", default="", help="this mesh instead of a search: tp=8,cp=1,pp=16,dp=128")
+    parser.add_argument(
+        "--mesh", default="",
+        help="this mesh instead of a search: tp=8,cp=1,pp=16,dp=128; or config: mesh, micro-batch, stages and "
+        "recomputation as the config has them, exactly what `sid train` would run",
+    )  # fmt: skip
     parser.add_argument("--recompute", choices=("none", "cheap", "blocks"), help="this instead of all three")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16", help="of the passes")
     parser.add_argument(
@@ -109,6 +119,53 @@ def job_of(cfg: RunConfig, precision: str) -> Job:
             raise SidError(f"model: {' '.join(str(error).split())}") from error
     last = phases(cfg)[-1]
     return Job(config=config, seq_len=last.seq_len, batch=last.batch_size, precision=precision)
+
+
+def as_configured(cfg: RunConfig, job: Job, gpus: int, hardware: Hardware) -> Found:
+    """The plan of a run as its config has it. Raises SidError for one that so many processes cannot run."""
+    from sidlm.parallel.layout import Layout, check
+    from sidlm.parallel.plan import plan
+    from sidlm.parallel.search import Found
+    from sidlm.train.recipe import micro_batch_rows
+
+    sizes = cfg.parallel.sizes(gpus)
+    groups = sizes["dp_shard"] * sizes["dp_replicate"]
+    layout = Layout(
+        tp=sizes["tp"], cp=sizes["cp"], pp=sizes["pp"], dp=sizes["dp_shard"], replicas=sizes["dp_replicate"],
+        # without one a pipeline takes rows one by one, everything else all rows of a process at once
+        micro_batch=micro_batch_rows(cfg, job.seq_len) or (1 if sizes["pp"] > 1 else max(1, job.batch // groups)),
+        virtual=cfg.parallel.pipeline.virtual_stages, recompute=cfg.train.recompute,
+        reshard=cfg.parallel.reshard_after_forward,
+    )  # fmt: skip
+    check(layout, job)
+    only = plan(job, layout, hardware)
+    return Found(only, only, [only])
+
+
+def whole_run(cfg: RunConfig, best: Plan) -> dict[str, Any]:
+    """{"steps", "tokens", "seconds": at the speed of the planned step}."""
+    from sidlm.data.phases import tokens_before
+    from sidlm.train.recipe import phases
+
+    tokens = tokens_before(phases(cfg), cfg.train.steps)
+    return {"steps": cfg.train.steps, "tokens": tokens, "seconds": tokens / best.job.tokens * best.time.total}
+
+
+def data_of(cfg: RunConfig) -> dict[str, dict[str, int]]:
+    """{source: {"files", "bytes"}} of training and validation, none of them read; of the Hugging Face hub nothing.
+
+    Raises SidError for a source that is not there or holds nothing readable.
+    """
+    from sidlm.data.config import parse_source
+    from sidlm.data.sources import find_shards
+
+    found = {}
+    for source in (*cfg.data.train, *cfg.data.valid):
+        if parse_source(source).location.startswith("hf:"):
+            continue
+        paths = [Path(path) for shard in find_shards(source, cfg.data) for path in shard.paths]
+        found[source] = {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+    return found
 
 
 def mesh_of(text: str, gpus: int) -> Layout:

@@ -57,6 +57,18 @@ def show(found: Found, checked: dict[str, Any], title: str) -> None:
         console.print(f"{len(found.meshes)} meshes were searched.", highlight=False)
 
 
+def show_run(whole: dict[str, Any], data: dict[str, dict[str, int]]) -> None:
+    """Print what the run comes to, and what there is to read."""
+    console = Console()
+    console.print(
+        f"the run: {whole['steps']:,} steps, {whole['tokens'] / 1e9:,.3f}B tokens, {whole['seconds'] / 86400:,.2f} "
+        "days at this speed, without stops",
+        highlight=False,
+    )
+    for source, found in data.items():
+        console.print(f"data: {source}, {found['files']:,} files, {found['bytes'] / 1e6:,.1f} MB", highlight=False)
+
+
 def settings(layout: Layout) -> list[str]:
     """What makes `sid train` run a layout."""
     values = {

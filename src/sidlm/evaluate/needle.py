@@ -9,7 +9,7 @@ the next (arXiv 2407.21783, sections 3.4.2 and 5.2.6). Everything is made here f
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sidlm.errors import SidError
+from sidlm.parallel import reading
+from sidlm.parallel.reading import Reader
 
 if TYPE_CHECKING:
     from sidlm.data.tokenizer import Tokenizer
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 KEYS = ("Alma", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas")
-Predict = Callable[[Tensor, int], Tensor]
-"""(ids (T,), first) -> the most likely token after each of the positions first..T-1, (T - first,)"""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,36 @@ def needles(tokenizer: Tokenizer, length: int, *, depths: int = 5, repeats: int 
     return found
 
 
-def needle_recall(predict: Predict, found: list[Needle]) -> dict[str, float]:
+Read = Callable[[Sequence[Needle]], list[bool]]
+"""Which of some needles are read: those of whose answers each token is the most likely one, given those before"""
+
+
+def needle_recall(read: Read, found: Sequence[Needle]) -> dict[str, float]:
     """{"recall": share of the needles that are read, "depth 0.50": of those at this depth, ...}."""
+    every = read(found)
     hits: dict[float, list[bool]] = {}
-    for one in found:
-        guess = predict(one.ids[:-1], one.start - 1).cpu()
-        hits.setdefault(one.depth, []).append(bool((guess == one.ids[one.start :]).all()))
-    every = [hit for part in hits.values() for hit in part]
+    for one, hit in zip(found, every, strict=True):
+        hits.setdefault(one.depth, []).append(hit)
     shares = {f"depth {depth:.2f}": sum(part) / len(part) for depth, part in sorted(hits.items())}
     return {"recall": sum(every) / len(every)} | shares
 
 
-def predictor(model: SidForCausalLM) -> Predict:
-    """What a model says, on its own device; logits are built for the answer alone."""
+def reader_of(model: SidForCausalLM | Reader) -> Read:
+    """What a model reads, one forward pass for each needle: with the answer itself in front of each of its tokens, the
+    most likely ones are the answer if and only if greedy decoding writes it.
 
-    def predict(ids: Tensor, first: int) -> Tensor:
-        with torch.no_grad():
-            row = ids[None].to(model.lm_head.weight.device)
-            hidden = model.model(input_ids=row, use_cache=False).last_hidden_state
-            return model.lm_head(hidden[0, first:]).argmax(-1)
+    A Reader of a model that is spread over processes is called by all of them alike, and they share the needles.
+    """
+    reader = model if isinstance(model, Reader) else Reader(model)
 
-    return predict
+    def read(found: Sequence[Needle]) -> list[bool]:
+        hits = [0.0] * len(found)
+        for turn, own in reader.turns(len(found)):
+            one = found[turn]
+            inputs, labels = one.ids[None, :-1], one.ids[None, 1:].clone()
+            labels[:, : one.start - 1] = -100
+            said = reader.tokens(reading.choice, inputs, labels, torch.zeros_like(inputs))
+            hits[turn] = float(own and bool((said == labels)[0, one.start - 1 :].all()))
+        return [hit > 0 for hit in reader.total(hits)]
+
+    return read

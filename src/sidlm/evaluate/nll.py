@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sidlm.data.tokenizer import clean
-from sidlm.ops import linear_cross_entropy
+from sidlm.parallel import reading
+from sidlm.parallel.reading import Reader
 
 if TYPE_CHECKING:
     from sidlm.data.sources import Document
@@ -81,43 +82,33 @@ def _batch(spans: Sequence[Span], vocab_size: int) -> tuple[torch.Tensor, torch.
     return inputs, labels, doc_ids
 
 
-@torch.no_grad()
-def span_nll(
-    model: SidForCausalLM,
-    spans: Sequence[Span],
-    *,
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-) -> list[float]:
+def span_nll(model: SidForCausalLM | Reader, spans: Sequence[Span], *, batch_size: int = 8) -> list[float]:
     """Sum of -log p over each span's scored tokens, in nats, in the order of ``spans``.
 
-    Spans are batched by length and padded on the right with doc_ids = -1. Only hidden states at scored positions go
-    through the output matrix, in chunks, so whole logits are never built; sums are in float64.
+    model: a whole model, or a Reader of one that is spread over processes, which all call this alike and share the
+    batches. Spans are batched by length and padded on the right with doc_ids = -1. Only hidden states at scored
+    positions go through the output matrix, in chunks, so whole logits are never built; sums are in float64.
     Raises ValueError for a token id outside the model's vocabulary and for a span without a scored token or context.
     """
     for span in spans:
         if not 1 <= span.start < len(span.tokens):
             raise ValueError(f"a span of {len(span.tokens)} tokens cannot be scored from token {span.start}")
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    head = model.lm_head.weight
+    reader = model if isinstance(model, Reader) else Reader(model)
+    batch_size = max(1, min(batch_size, -(-len(spans) // reader.share[1])))  # none may be left without
     order = sorted(range(len(spans)), key=lambda i: len(spans[i].tokens), reverse=True)
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     sums = [0.0] * len(spans)
-    was_training = model.training
-    model.eval()
+    was_training = reader.model.training
+    reader.model.eval()
     try:
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            batch = _batch([spans[i] for i in chosen], head.shape[0])
-            inputs, labels, doc_ids = (part.to(device) for part in batch)
-            hidden = model.model(input_ids=inputs, doc_ids=doc_ids, use_cache=False).last_hidden_state
-            scored = labels != -100
-            nll = torch.zeros(labels.shape, dtype=torch.float64, device=device)
-            nll[scored] = linear_cross_entropy(hidden[scored], head, labels[scored], reduction="none").double()
-            for i, value in zip(chosen, nll.sum(1).tolist(), strict=True):
-                sums[i] = value
+        for turn, own in reader.turns(len(batches)):
+            chosen = batches[turn]
+            batch = _batch([spans[i] for i in chosen], reader.model.config.vocab_size)
+            for i, value in zip(chosen, reader.tokens(reading.nll, *batch).sum(1).tolist(), strict=True):
+                sums[i] = value if own else 0.0
     finally:
-        model.train(was_training)
-    return sums
+        reader.model.train(was_training)
+    return reader.total(sums)
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -133,13 +124,12 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def bits_per_byte(
-    model: SidForCausalLM,
+    model: SidForCausalLM | Reader,
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     *,
     seq_len: int,
     batch_size: int = 8,
-    device: torch.device | str | None = None,
 ) -> dict[str, DomainNLL]:
     """Likelihood of every document's text, summed per domain and over ``"all"`` (the last key).
 
@@ -163,7 +153,7 @@ def bits_per_byte(
             for span in windows([tokenizer.bos_id, *ids], seq_len):
                 spans.append(span)
                 owners.append(total)
-        nlls = span_nll(model, spans, batch_size=batch_size, device=device)
+        nlls = span_nll(model, spans, batch_size=batch_size)
         for total, nll in zip(owners, nlls, strict=True):
             total.nll += nll
     if not totals:

@@ -19,8 +19,6 @@ from sidlm.errors import SidError
 from sidlm.evaluate.nll import Span, span_nll
 
 if TYPE_CHECKING:
-    import torch
-
     from sidlm.data.tokenizer import Tokenizer
     from sidlm.models.modeling import SidForCausalLM
 
@@ -193,7 +191,6 @@ def score_task(
     *,
     batch_size: int = 8,
     max_len: int | None = None,
-    device: torch.device | str | None = None,
 ) -> TaskResult:
     """NLL of every answer's tokens given BOS and its prompt, and accuracy over the questions that have choices.
 
@@ -202,7 +199,7 @@ def score_task(
     """
     max_len = max_len or model.config.max_position_embeddings
     spans, lengths, cut = _spans(tokenizer, questions, max_len)
-    nlls = span_nll(model, spans, batch_size=batch_size, device=device)
+    nlls = span_nll(model, spans, batch_size=batch_size)
     tokens = size = chosen = hits = hits_per_byte = 0
     nll, chance, begin = 0.0, 0.0, 0
     for question in questions:

@@ -35,7 +35,22 @@ def override(op: str) -> str | None:
             raise ValueError(f'SID_IMPL has {item!r}; it takes op=implementation pairs, e.g. "simplicial=reference"')
         if name.strip() == op:
             return impl.strip()
+        if name.strip() not in _operations():
+            raise ValueError(f"SID_IMPL names {name.strip()!r}; the operations are {', '.join(_operations())}")
     return None
+
+
+def _operations() -> list[str]:
+    from sidlm.ops import IMPLEMENTATIONS
+    from sidlm.ops.sparse24.backends import OPS
+
+    return [*IMPLEMENTATIONS, *OPS]
+
+
+def _known(op: str, impls: Mapping[str, Implementation], asked: str | None) -> str | None:
+    if asked is not None and asked not in impls:
+        raise ValueError(f"{op}: no implementation {asked!r}; there are {', '.join(impls)}")
+    return asked
 
 
 def choose(
@@ -45,10 +60,8 @@ def choose(
 
     Raises ValueError naming the op, the implementation and the reason if the one asked for is unknown or cannot run.
     """
-    asked = impl or override(op)
+    asked = _known(op, impls, impl or override(op))
     if asked is not None:
-        if asked not in impls:
-            raise ValueError(f"{op}: no implementation {asked!r}; there are {', '.join(impls)}")
         reason = impls[asked].why_not(device, dtype)
         if reason:
             raise ValueError(f"{op}: implementation {asked!r} cannot run here: {reason}")
@@ -67,10 +80,11 @@ def table(device: torch.device | str | None = None, dtype: torch.dtype = torch.f
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     for op, impls in IMPLEMENTATIONS.items():
-        first = True
+        asked = _known(op, impls, override(op))
+        first = asked is None
         for name, candidate in impls.items():
             reason, emulated = candidate.why_not(device, dtype), candidate.emulated(device)
-            what = "on request, emulated" if emulated else "default" if first else "on request"
-            rows.append(Row(op, name, reason is None, reason or what))
+            what = "default" if first and not emulated else "named by SID_IMPL" if name == asked else "on request"
+            rows.append(Row(op, name, reason is None, reason or what + ", emulated" * emulated))
             first = first and (reason is not None or emulated)
     return rows

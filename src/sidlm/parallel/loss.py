@@ -4,6 +4,8 @@ Of a chunk of tokens each process computes the logits of its own rows. The large
 the target's logit of a token are all that is exchanged: three numbers per token instead of V / processes.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -97,14 +99,64 @@ def vocab_parallel_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = tuple(hidden.shape), tuple(weight.shape), tuple(labels.shape)
         raise ValueError("hidden {}, weight {} and labels {} must be (N, d), (V, d) and (N,)".format(*shapes))
+    first, part, dtype, steps = _parts(hidden, weight, chunk)
+    local = hidden.to_local(grad_placements=[Partial()]), part
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _SumLoss.apply(*local, labels, first, steps, weight.device_mesh.get_group(), dtype)
+
+
+@torch.no_grad()
+def vocab_parallel_nll(hidden: Tensor, weight: Any, labels: Tensor) -> Tensor:
+    """Each token's loss (N,), the same on every process and without gradient.
+
+    hidden: (N, d), the same on every process; weight and labels as of `vocab_parallel_cross_entropy`, no label ignored.
+    """
+    first, local, dtype, steps = _parts(hidden, weight)
+    found, group = hidden.new_empty(len(hidden), dtype=high_dtype(dtype)), weight.device_mesh.get_group()
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in steps:
+            part = slice(start, start + steps.step)
+            target = labels[part, None] - first
+            own = (target >= 0) & (target < len(local))
+            logits = hidden[part].to(dtype) @ local.to(dtype).T
+            target = target.clamp(0, max(len(local) - 1, 0))
+            found[part] = _nll_and_probs(logits, target, own, group, high_dtype(dtype))[0][:, 0]
+    return found
+
+
+@torch.no_grad()
+def vocab_parallel_choice(hidden: Tensor, weight: Any, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The token of the largest logit (N,) int64, the first of equal ones, the same on every process.
+
+    noise: (R, V), of which row `label` is added to the logits; else labels are not looked at.
+    """
+    first, local, dtype, steps = _parts(hidden, weight)
+    found, group = hidden.new_empty(len(hidden), dtype=torch.int64), weight.device_mesh.get_group()
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in steps:
+            part = slice(start, start + steps.step)
+            logits = hidden[part].to(dtype) @ local.to(dtype).T
+            if noise is not None:
+                logits = logits + noise[:, first : first + len(local)].to(logits.device)[labels[part]]
+            if not len(local):  # more processes than rows
+                logits = logits.new_full((len(logits), 1), -torch.inf)
+            own = logits.amax(dim=1)
+            where = logits.argmax(dim=1)  # unlike max it gives the first of equal ones
+            peak = own.clone()
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+            where = torch.where(own == peak, where + first, len(weight))
+            dist.all_reduce(where, dist.ReduceOp.MIN, group)
+            found[part] = where
+    return found
+
+
+def _parts(hidden: Tensor, weight: DTensor, chunk: int | None = None) -> tuple[int, Tensor, torch.dtype, range]:
+    """Row of the head at which this process's part begins, that part, the dtype of products, and chunks of tokens."""
     mesh = weight.device_mesh
     _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
-    dtype = compute_dtype(hidden)
     # every process cuts the tokens alike, whatever number of rows it holds
     steps = chunks(len(hidden), -(-len(weight) // mesh.size()), chunk, hidden.device)
-    local = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _SumLoss.apply(*local, labels, first, steps, mesh.get_group(), dtype)
+    return first, weight.to_local(), compute_dtype(hidden), steps
 
 
 def _layout(x: Tensor) -> str:

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from sidlm.errors import SidError
 from sidlm.parallel.config import DIMENSIONS, ParallelConfig
@@ -83,6 +82,14 @@ def sum_over_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return _sum(x, tokens_mesh(mesh))
 
 
+@torch.no_grad()
+def largest_of_rows(number: int, mesh: DeviceMesh) -> int:
+    """The largest that the processes which read other rows give."""
+    found = torch.tensor(number, device=mesh.device_type)
+    dist.all_reduce(found, dist.ReduceOp.MAX, mesh["dp_replicate", "dp_shard"]._flatten("rows").get_group())
+    return int(found)
+
+
 def tokens_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The processes that see other tokens in the same layers, as one dimension."""
     return mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens")
@@ -91,30 +98,6 @@ def tokens_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def stage_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The processes that hold the same layers, or parts of them, as one dimension: all but for pp."""
     return mesh["dp_replicate", "dp_shard", "cp", "tp"]._flatten("stage")
-
-
-@torch.no_grad()
-def send_to_first(part: Tensor | None, into: Tensor | None, stage: int, mesh: DeviceMesh) -> None:
-    """Copy a tensor that the processes of one pipeline stage share to the first process of all.
-
-    part: what a process of that stage has of it, not read on others. into: where the first process wants it. Every
-    process calls it for the same tensors in the same order.
-    """
-    own_stage, first = mesh.get_local_rank("pp"), dist.get_rank() == 0
-    whole = None
-    if own_stage == stage:
-        assert part is not None
-        whole = part.full_tensor() if isinstance(part, DTensor) else part
-    if first and whole is not None:
-        assert into is not None
-        into.copy_(whole)
-    elif stage and sum(mesh.get_coordinate() or ()) == own_stage:  # the processes behind the first one in pp
-        line = mesh["pp"].get_group()
-        if first:
-            assert into is not None
-            dist.recv(into, dist.get_global_rank(line, stage), group=line)
-        elif whole is not None:
-            dist.send(whole.contiguous(), 0, group=line)
 
 
 def _sum(x: Tensor, line: DeviceMesh) -> Tensor:

@@ -164,6 +164,49 @@ class Pipeline:
         dist.all_reduce(loss, group=self.mesh.get_group())  # the last stage alone has any
         return loss
 
+    @property
+    def head(self) -> nn.Module | None:
+        """What computes the loss of the last stage, if this process holds that."""
+        return self.stages[-1].part if self.stages[-1].last else None
+
+    @torch.no_grad()
+    def forward(self, rows: Mapping[str, Tensor]) -> Tensor | None:
+        """Forward passes alone, of one row after the other: what the last stage's loss is, of each row one behind the
+        other along its first dimension; None on processes that do not hold that stage.
+
+        rows: as of `step`; here too all processes of pp give the same. Processes work at once on as many rows as there
+        are stages, but with virtual stages each row goes round alone.
+        """
+        count, length = rows["input_ids"].shape
+        device, sent, found = rows["input_ids"].device, None, []
+        group = self.mesh.get_group()
+        before, after = (dist.get_global_rank(group, (self.rank + way) % self.processes) for way in (-1, 1))
+        for row in range(count):
+            part = {name: x[row : row + 1] for name, x in rows.items()}
+            for stage in self.stages:
+                stage.num_items = 1
+                x = part["input_ids"]
+                if stage.index:
+                    x = torch.empty(self._activations(1, length), dtype=self.dtype, device=device)
+                    dist.recv(x, before, group=group)
+                x = stage(x, **part)
+                if stage.last:
+                    found.append(x)
+                    continue
+                if sent is not None:
+                    sent.wait()
+                on_its_way = x.contiguous()
+                sent = dist.isend(on_its_way, after, group=group)
+        if sent is not None:
+            sent.wait()
+        return torch.cat(found) if found else None
+
+    def _activations(self, rows: int, length: int) -> tuple[int, int, int]:
+        """Shape of what travels between stages for rows of whole sequences."""
+        if self.context_parts > 1:
+            rows, length = 2 * rows, chunk_length(length, self.context_parts)
+        return rows, length // self.sequence_parts, self.hidden_size
+
     def _schedule(self, shape: _Shape, device: torch.device) -> _PipelineScheduleRuntime:
         plan = make_schedule(
             self.processes, self.config.virtual_stages, shape.micro_batches,
@@ -184,14 +227,9 @@ class Pipeline:
         return found
 
     def _torch_stage(self, stage: Stage, shape: _Shape, device: torch.device) -> PipelineStage:
-        rows, length = shape.rows, shape.length
-        if self.context_parts > 1:
-            rows, length = 2 * rows, chunk_length(length, self.context_parts)
         with torch.device("meta"):
             ids = torch.empty(shape.rows, shape.length, dtype=torch.int64)
-            activations = torch.empty(
-                rows, length // self.sequence_parts, self.hidden_size, dtype=self.dtype, requires_grad=True
-            )
+            activations = torch.empty(self._activations(shape.rows, shape.length), dtype=self.dtype, requires_grad=True)
             loss = torch.empty((), dtype=self.loss_dtype, requires_grad=True)
         # told beforehand: else torch runs the first micro-batch twice to find out
         return PipelineStage(

@@ -249,20 +249,3 @@ def tools_text(tools: Sequence[Mapping[str, Any]], tool_format: str = "json") ->
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise SidError(f"a tool needs a name, got {function!r}")
     return _INTRODUCTIONS[tool_format] + "".join(json.dumps(function) + "\n" for function in functions)
-
-
-def environment_text(
-    *, builtin: Sequence[str] = (), knowledge_date: str | None = None, today: str | None = None
-) -> str:
-    """The head of a system message that turns the interpreter on, and the built-in tools that are named."""
-    unknown = [name for name in builtin if name not in BUILTIN_TOOLS]
-    if unknown:
-        raise SidError(f"no built-in tool {unknown[0]!r}; there are {', '.join(BUILTIN_TOOLS)}")
-    lines = ["Environment: ipython"]
-    if builtin:
-        lines.append(f"Tools: {', '.join(builtin)}")
-    if knowledge_date is not None:
-        lines.append(f"Cutting Knowledge Date: {knowledge_date}")
-    if today is not None:
-        lines.append(f"Today Date: {today}")
-    return "\n".join(lines) + "\n"

@@ -257,9 +257,17 @@ def _dtype(dtype: torch.dtype) -> str:
 class SafeReader(dcp.FileSystemReader):
     """DCP's reader, with an index that is read by a restricted unpickler and names only files in its own folder."""
 
+    index: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index. Raises SidError where it holds anything but the index's own classes."""
-        path = Path(self._get_metadata_path(kwargs.get("rank")))
+        """The index, read once. Raises SidError where it holds anything but the index's own classes."""
+        if self.index is None:
+            self.index = self._read_index(Path(self._get_metadata_path(kwargs.get("rank"))))
+        assert self.index.storage_meta is not None
+        self.index.storage_meta.load_id = self.load_id
+        return self.index
+
+    def _read_index(self, path: Path) -> Metadata:
         try:
             with path.open("rb") as file:
                 index = _IndexUnpickler(file).load()
@@ -271,7 +279,6 @@ class SafeReader(dcp.FileSystemReader):
             if Path(info.relative_path).name != info.relative_path:
                 raise SidError(f"{path}: refers to {info.relative_path!r} outside the checkpoint")
         index.storage_meta = index.storage_meta or dcp.metadata.StorageMeta()
-        index.storage_meta.load_id = self.load_id
         return index
 
 

@@ -163,7 +163,8 @@ class CheckpointConfig:
     """give up after more than this many in a row that could not be written, as on a full disk; the last one of a run
     must be written"""
     export_every: int = 0
-    """steps between exports of the model to OUT/model (safetensors); it is always exported at the end; 0 = only then"""
+    """steps between exports of the model to OUT/model (safetensors), each from a checkpoint that is written for it; it
+    is always exported at the end; 0 = only then"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from sidlm.errors import SidError
-from sidlm.parallel.config import ParallelConfig
 from sidlm.train import folder, hardware, processes
 from sidlm.train.config import RunConfig, check, flatten
 from sidlm.train.processes import Processes
@@ -131,8 +130,8 @@ def read_stages(cfg: ExtendConfig) -> list[Stage]:
 def extend(cfg: ExtendConfig, *, say: Callable[[str], None] = print) -> ExtendResult:
     """Extend a model's context, or go on where the extension in cfg.train.out is.
 
-    Started by torchrun, all processes call it, and each stage is spread over them as cfg.parallel says. The gate is
-    measured by the first one, on the stage's whole model.
+    Started by torchrun, all processes call it, and each stage is spread over them as cfg.parallel says, and so is the
+    model that a gate measures.
     Raises SidError if a stage has not passed after extend.attempts, naming what failed with the numbers; and what
     `train` raises. Everything done stays, and the same call goes on from it.
     """
@@ -141,6 +140,10 @@ def extend(cfg: ExtendConfig, *, say: Callable[[str], None] = print) -> ExtendRe
     with processes.started(first) as group, folder.locked(out) if group.first else nullcontext():
         record = group.told(read_record(cfg, stages, first) if group.first else None)
         assert record is not None
+        if "before" not in record:
+            record["before"] = measured(first, group)
+            if group.first:
+                write_record(out, record)
         for number, stage in enumerate(stages, 1):
             entry = record["stages"][number - 1]
             source = cfg.model.init_from if number == 1 else str(out / f"stage-{number - 1}")
@@ -153,8 +156,7 @@ def extend(cfg: ExtendConfig, *, say: Callable[[str], None] = print) -> ExtendRe
                     signal = train_stage(run, group)
                     if signal:
                         return ExtendResult(record=record, out=Path(run.train.out), signal=signal)
-                    gate = gate_of(cfg, run, stage) if group.first else None
-                    entry["gates"].append(group.told(gate))
+                    entry["gates"].append(gate_of(cfg, run, stage, group))
                     failed = reasons(entry["gates"][-1], record, cfg)
                 entry["passed"] = not failed
                 if group.first:
@@ -203,43 +205,45 @@ def train_stage(run: RunConfig, group: Processes) -> int:
     """Train a stage, or go on with it; the number of the signal that ended it early, else 0."""
     from sidlm.train import loop
 
+    gc.collect()  # the shards of what was before must be gone
     if group.mesh is not None:
         processes.check_rows(run)
-    signal = loop.train_in(run, group).signal
-    gc.collect()  # the shards of this stage must be gone before the next one is built
-    return signal
+    return loop.train_in(run, group).signal
 
 
-def gate_of(cfg: ExtendConfig, run: RunConfig, stage: Stage) -> Record:
+def gate_of(cfg: ExtendConfig, run: RunConfig, stage: Stage, group: Processes) -> Record:
     """What the gate measures of a stage's model: held-out loss in short rows, and needles found at the new length."""
     short = short_run(cfg, Path(run.train.out), run.train.out)
-    return {"tokens": run.train.steps * stage.rows * stage.length} | measured(short, stage.length, cfg.extend)
+    return {"tokens": run.train.steps * stage.rows * stage.length} | measured(short, group, stage.length, cfg.extend)
 
 
-def measured(run: RunConfig, length: int = 0, gate: GateConfig | None = None) -> Record:
+def measured(run: RunConfig, group: Processes, length: int = 0, gate: GateConfig | None = None) -> Record:
     """{"loss": nats per token, "bits_per_byte"} of held-out text by the model in run.model.init_from, in rows of
-    run.data.seq_len; and {"recall", "depth 0.00", ...} of needles in rows of `length` tokens."""
-    from sidlm.evaluate.needle import needle_recall, needles, predictor
+    run.data.seq_len; and {"recall", "depth 0.00", ...} of needles in rows of `length` tokens. The model is spread over
+    the processes as in training, and all of them call this."""
+    from sidlm.evaluate.needle import needle_recall, needles, reader_of
+    from sidlm.parallel.reading import Reader
     from sidlm.train.build import build_model, open_text
     from sidlm.train.observe import observing, validate
 
+    gc.collect()  # as in train_stage
     device = processes.local_device(run)
     precision = hardware.resolve_precision(run.train.precision, device)
-    text = open_text(run, resumed=False, log=None)
+    with group.in_turn():
+        text = open_text(run, resumed=not group.first, log=None)
     if not text.valid:
         raise SidError("the gate needs held-out text, and there is none: give data.valid or data.valid_fraction")
-    alone = dataclasses.replace(  # whole, with the products of evaluation
-        run,
-        parallel=ParallelConfig(),
-        train=dataclasses.replace(run.train, float8="off", recompute="none", compile="off"),
+    plain = dataclasses.replace(  # with the products of evaluation
+        run, train=dataclasses.replace(run.train, float8="off", recompute="none", compile="off")
     )
-    model, _ = build_model(alone, text.tokenizer, None, device, precision)
-    found = validate(model, text, run, device, precision)["all"]
+    model, pipeline = build_model(plain, text.tokenizer, group.mesh, device, precision)
+    reader = Reader(model, group.mesh, pipeline)
+    found = validate(reader, text, run, precision)["all"]
     record: Record = {name: found[name] for name in ("loss", "bits_per_byte")}
     if gate is not None:
         hidden = needles(text.tokenizer, length, depths=gate.depths, repeats=gate.repeats)
-        with observing(model, device, precision):
-            record["needles"] = needle_recall(predictor(model), hidden)
+        with observing(reader, precision):
+            record["needles"] = needle_recall(reader_of(reader), hidden)
     return record
 
 
@@ -289,7 +293,7 @@ def told(number: int, stage: Stage, entry: Record, record: Record, failed: list[
 
 
 def read_record(cfg: ExtendConfig, stages: list[Stage], run: RunConfig) -> Record:
-    """What OUT/extend.json holds, with an entry for each stage; of a new extension the loss before it is measured.
+    """What OUT/extend.json holds, with an entry for each stage; a new extension has no "before" yet.
 
     Raises SidError if it is the record of another model, of other text, or of other stages up to the last one begun.
     """
@@ -300,7 +304,7 @@ def read_record(cfg: ExtendConfig, stages: list[Stage], run: RunConfig) -> Recor
     if path.is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
     else:
-        record = {"short_length": cfg.data.seq_len, "settings": same, "before": measured(run), "stages": []}
+        record = {"short_length": cfg.data.seq_len, "settings": same, "stages": []}
     _refuse_other(record, same, stages, path)
     entries = record["stages"][: len(stages)]
     for number, stage in enumerate(stages[len(entries) :], len(entries) + 1):
@@ -308,7 +312,8 @@ def read_record(cfg: ExtendConfig, stages: list[Stage], run: RunConfig) -> Recor
     for entry, stage in zip(entries, stages, strict=True):
         entry["stage"] = stage.text
     record["stages"] = entries
-    write_record(path.parent, record)
+    if "before" in record:
+        write_record(path.parent, record)
     return record
 
 

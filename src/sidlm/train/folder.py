@@ -124,18 +124,6 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def export_model(out: Path, model: Any, weights: dict[str, Any], tokenizer: Any) -> None:
-    """OUT/model: `weights` as safetensors, the model's config.json and the tokenizer. The former one stays until this
-    is whole."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one bar on the screen is enough
-    need = sum(t.numel() * t.element_size() for t in weights.values())
-    with checkpoint.replacing(out / "model", need) as temporary:
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save(temporary)
-
-
 def warn(message: object) -> None:
     """One line on stderr."""
     print(f"sid: warning: {message}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,13 @@ import torch
 
 from sidlm import __version__
 from sidlm.errors import SidError
+from sidlm.models.flops import num_parameters
+from sidlm.parallel.reading import Reader
 from sidlm.train import checkpoint, folder, hardware, processes, sparsity
 from sidlm.train.average import Average
-from sidlm.train.build import Text, build_model, open_text
+from sidlm.train.build import build_model, open_text
 from sidlm.train.config import RunConfig, check, to_yaml
+from sidlm.train.export import describe_model, export_model
 from sidlm.train.health.monitor import Health
 from sidlm.train.integrity import Integrity
 from sidlm.train.layers import LayerStatistics
@@ -49,6 +53,7 @@ from sidlm.train.train_step import Watch, train_step
 if TYPE_CHECKING:
     from sidlm.data.loader import Batch
     from sidlm.data.phases import PhasedLoader
+    from sidlm.models.config import SidConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,7 @@ def run(
         text = open_text(cfg, resumed=ready, share=group.share, log=print if group.first else None)
     torch.manual_seed(cfg.train.seed)
     model, pipeline = build_model(cfg, text.tokenizer, group.mesh, device, precision, resumed=found is not None)
+    reader = Reader(model, group.mesh, pipeline)
     optimizer = make_optimizer(model, cfg.optim, group.mesh)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
@@ -171,6 +177,10 @@ def run(
     watch = Watch(integrity, layers, pace)
     tracer = Tracer(out, group.rank, device, cfg.train.profile, cfg.train.memory_snapshot, log.say)
 
+    def export(step: int) -> None:
+        write = partial(export_model, generation=model.generation_config, tokenizer=text.tokenizer)
+        saver.export(step, out / "model", num_parameters(model.config) * 4, write)
+
     def at(phase: str, step: int | None = None) -> None:
         health.at(phase, step)
         ledger.at(phase, step)
@@ -179,8 +189,8 @@ def run(
         for line in health.before:
             log.say(f"an earlier start ended: {line}")
         log.say(headline(cfg, model, device, precision, meter, state, group))
-        if sparse:
-            log.say(sparsity.announcement(sparse, cfg.sparsity, total_steps))
+        if sparsity.present(model):
+            log.say(sparsity.announcement(model.config.num_hidden_layers, cfg.sparsity, total_steps))
         started = time.perf_counter()
         health.at("step", state.step + 1)
         ledger.at("data")
@@ -222,33 +232,32 @@ def run(
             if measuring:
                 record["layers"] = layers.result()
             if due(state.step, log_every, last):
-                compare_ranks(pace, record, log, health, group)
+                compare_ranks(pace, record, log, health)
                 if group.first:
                     words.merge()
             if text.valid and cfg.validation.every and due(state.step, cfg.validation.every, last):
                 at("validation")
                 with in_use(average):
-                    state.valid = record["valid"] = validated(model, text, cfg, device, precision, step, group)
+                    state.valid = record["valid"] = validate(reader, text, cfg, precision)
             log.record(record)
             if cfg.samples.prompts and due(state.step, cfg.samples.every, last):
                 at("samples")
                 with in_use(average):
-                    whole = whole_model(model, cfg, step, group)
-                    if whole is not None:
-                        write_samples(log, whole, text.tokenizer, cfg, device, precision, state.step)
+                    write_samples(log, reader, text.tokenizer, cfg, precision, state.step)
             give_up_if_hopeless(state, cfg)
-            stop.signal = group.largest(stop.signal)
+            stop.signal, held_up = group.largest_of([stop.signal, pace.held_up])
+            if held_up:
+                say_slow(*pace.judge_step(state.step), state.step, log, health)
             stopping = bool(stop.signal)
-            saving = due(state.step, cfg.checkpoint.every, last or stopping)
+            exporting = due(state.step, cfg.checkpoint.export_every, last=False)
+            saving = due(state.step, cfg.checkpoint.every, last or stopping or exporting)
             integrity.state(tensors, state.step, saving=saving)
             if saving:
                 at("checkpoint")
                 log.sync()
-                saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint))
-            if due(state.step, cfg.checkpoint.export_every, False):
-                at("export")
-                with in_use(average):
-                    export(out, model, text, group, saver)
+                saver.save(tensors, checkpoint_values(state, cfg, text.fingerprint, model.config))
+            if exporting and not last:
+                export(state.step)
             if on_step is not None and group.first:
                 on_step(record)
             if stopping:
@@ -261,8 +270,7 @@ def run(
         finished = state.step == total_steps
         at("export")
         if finished:
-            with in_use(average):
-                export(out, model, text, group, saver)
+            export(state.step)
         tracer.at(0)
         saver.finish(last=True)
         ledger.at("report")
@@ -280,51 +288,25 @@ def run(
     )  # fmt: skip
 
 
-def compare_ranks(pace: Pace, record: dict[str, Any], log: RunLog | NoLog, health: Health, group: Processes) -> None:
+def compare_ranks(pace: Pace, record: dict[str, Any], log: RunLog | NoLog, health: Health) -> None:
     """The speed of each process into the record, and a line once one is slow, or is no longer."""
     numbers, line, rank = pace.report()
     if numbers is not None:
         record["ranks"] = numbers
-    if line is not None and group.first:
-        log.say(f"step {record['step']}: {line}")
+    say_slow(line, rank, record["step"], log, health)
+
+
+def say_slow(line: str | None, rank: int, step: int, log: RunLog | NoLog, health: Health) -> None:
+    """On the first process: a line on which process is slow, or that none is any more (rank -1)."""
+    if line is not None and health.group.first:
+        log.say(f"step {step}: {line}")
         if rank >= 0:
-            health.survived("slow", line, ranks=[rank])
+            health.survived("slow", line, ranks=[rank], step=step)
 
 
 def in_use(average: Average | None) -> AbstractContextManager[None]:
     """The mean of the weights in the model, once there is one."""
     return nullcontext() if average is None else average.in_use()
-
-
-def whole_model(model: Any, cfg: RunConfig, step: int, group: Processes) -> Any:
-    """The model as it is used in this step, whole: on the first process, None on others."""
-    whole = group.whole(model)
-    if whole is not None and whole is not model:
-        sparsity.switch(sparsity.sparse_layers(whole), step, cfg.sparsity)
-    return whole
-
-
-def validated(
-    model: Any, text: Text, cfg: RunConfig, device: torch.device, precision: str, step: int, group: Processes
-) -> dict[str, dict[str, float]]:
-    """The first process's `validate`, on all of them."""
-    whole = whole_model(model, cfg, step, group)
-    return group.told({} if whole is None else validate(whole, text, cfg, device, precision))
-
-
-def export(out: Path, model: Any, text: Text, group: Processes, saver: Saver) -> None:
-    """The model as safetensors in the run folder, of a copy on the CPU that is written while training goes on."""
-    whole = group.whole(model)
-    if whole is None:
-        return saver.background(None)
-    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one
-    weights = {}
-    for name, t in whole.state_dict().items():
-        place = (t.data_ptr(), t.shape)
-        if place not in copies:
-            copies[place] = t.detach().to("cpu", copy=True)
-        weights[name] = copies[place]
-    saver.background(lambda: folder.export_model(out, whole, weights, text.tokenizer))
 
 
 def prefetched(loader: PhasedLoader, first: int, end: int, *, pin: bool) -> Iterator[tuple[int, Batch]]:
@@ -370,9 +352,11 @@ def give_up_if_hopeless(state: RunState, cfg: RunConfig) -> None:
             )
 
 
-def checkpoint_values(state: RunState, cfg: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+def checkpoint_values(state: RunState, cfg: RunConfig, data_fingerprint: str, model: SidConfig) -> dict[str, Any]:
     """What a checkpoint holds besides tensors."""
-    return dataclasses.asdict(state) | {"data": data_fingerprint, "config": to_yaml(cfg), "version": __version__}
+    return dataclasses.asdict(state) | {
+        "data": data_fingerprint, "config": to_yaml(cfg), "model": describe_model(model), "version": __version__,
+    }  # fmt: skip
 
 
 def restore_state(found: checkpoint.Checkpoint, data_fingerprint: str) -> RunState:
@@ -389,8 +373,6 @@ def headline(
     cfg: RunConfig, model: Any, device: torch.device, precision: str, meter: Any, state: Any, group: Processes
 ) -> str:
     """One line on what is about to happen."""
-    from sidlm.models.flops import num_parameters
-
     parameters = num_parameters(model.config)
     start = f"from step {state.step}" if state.step else "new run"
     kind = f"started from {cfg.model.init_from}" if cfg.model.init_from else f"{cfg.model.preset}/{cfg.model.arch}"

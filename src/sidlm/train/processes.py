@@ -32,8 +32,8 @@ PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for the others, who may wait for the first one to validate or to export"""
 
 HEAD_START, LAST_WORDS = 1.0, 5.0
-"""Seconds that the first process has to speak before others do, and a speaker before torchrun, which ends all processes
-when one ends, is shown another one's end"""
+"""Seconds that the first process has to speak before others do (five times that for a mistake, which all of them find),
+and a speaker before torchrun, which ends all processes when one ends, is shown another one's end"""
 
 
 class Processes:
@@ -88,11 +88,15 @@ class Processes:
 
     def largest(self, number: int) -> int:
         """The largest that any process gives, on all of them."""
+        return self.largest_of([number])[0]
+
+    def largest_of(self, numbers: list[int]) -> list[int]:
+        """Of each number the largest that any process gives, on all of them."""
         if self.mesh is None:
-            return number
-        found = torch.tensor(number, device=self.mesh.device_type)
+            return numbers
+        found = torch.tensor(numbers, device=self.mesh.device_type)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return found.tolist()
 
     def told(self, value: T) -> T:
         """The first process's value, on all of them."""
@@ -125,37 +129,6 @@ class Processes:
         yield
         if self.mesh is not None and self.first:
             dist.barrier()
-
-    def whole(self, model: Any) -> Any:
-        """The model on one process; of a sharded one a whole copy on the first process, and None on the others."""
-        if self.mesh is None:
-            return model
-        from sidlm.parallel.materialize import allocate
-        from sidlm.parallel.mesh import send_to_first
-
-        copy = None
-        if self.first:
-            with torch.device("meta"):
-                copy = type(model)(model.config).to(next(model.parameters()).dtype).train(model.training)
-            allocate([copy], torch.device(self.mesh.device_type))
-        into = {} if copy is None else copy.state_dict()
-        own, held = model.state_dict(), self.held(list(model.state_dict()))
-        for stage, names in enumerate(held):
-            for name in names:  # one at a time: every process of the stage holds it for a moment
-                send_to_first(own.get(name), into.get(name), stage, self.mesh)
-        return copy
-
-    def held(self, names: list[str]) -> list[list[str]]:
-        """Of the names that each pipeline stage's processes have, those that no earlier one has."""
-        if self.mesh is None or self.mesh["pp"].size() == 1:
-            return [names]
-        line = self.mesh["pp"]
-        found: list[list[str]] = [[] for _ in range(line.size())]
-        dist.all_gather_object(found, names, group=line.get_group())
-        return [
-            [name for name in names if not any(name in earlier for earlier in found[:i])]
-            for i, names in enumerate(found)
-        ]
 
 
 def local_device(cfg: RunConfig) -> torch.device:
@@ -196,8 +169,8 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
         check_rows(cfg)
         yield Processes(build_mesh(cfg.parallel, device.type))
     except Exception as error:
-        if rank:  # the first process says what all of them have found
-            time.sleep(HEAD_START)
+        if rank:
+            _wait_for_first(store, HEAD_START * (5 if isinstance(error, SidError) else 1))
         if _spoken(store, error):
             time.sleep(LAST_WORDS)
             raise SystemExit(1) from error
@@ -207,6 +180,14 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
     # not after an error: NCCL would wait for what the others have not begun
     gc.collect()  # what FSDP made holds on to the group, whose threads must end before the process does
     dist.destroy_process_group()
+
+
+def _wait_for_first(store: dist.Store, seconds: float) -> None:
+    """Until somebody speaks, which is the first process of what all have found, but no longer than that."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(dist.DistError):  # the first process kept the store and has ended
+        while time.monotonic() < end and not store.check(["sid/failed"]):
+            time.sleep(0.05)
 
 
 def _spoken(store: dist.Store, error: Exception) -> bool:

@@ -25,6 +25,11 @@ from sidlm.train.checkpoint import replacing, seal, write_json
 from sidlm.train.config import CheckpointConfig
 from sidlm.train.processes import Processes
 
+WRITERS = 64
+"""Most processes that share the work of an export: each of thousands would read the index of the checkpoint"""
+Write = Callable[[Path, Path, tuple[int, int]], None]
+"""(checkpoint folder, folder to write, (index, count) of the processes that share the work)"""
+
 
 class Saver:
     """The checkpoints of a run, one at a time in the background; every process has one and calls it alike.
@@ -78,9 +83,14 @@ class Saver:
         )
         self.jobs.append(self.pool.submit(self._complete, place, written, temporary, state))
 
-    def background(self, job: Callable[[], None] | None) -> None:
-        """Let the first process, which has a job, use the disk after what was begun before."""
-        self.jobs.append(self.pool.submit(job or (lambda: None)))
+    def export(self, step: int, out: Path, need: int, write: Write) -> None:
+        """Write the folder `out` from checkpoint `step` once that is whole; it takes its place when all processes have
+        written their parts. Nothing happens where there is no such checkpoint: it has failed, and that is told.
+
+        need: bytes.
+        """
+        if self.problem is None:
+            self.jobs.append(self.pool.submit(self._export, self.folder / f"step-{step:08d}", out, need, write))
 
     def finish(self, *, last: bool = False) -> None:
         """Wait for what was begun. last: raise SidError if the latest could not be written."""
@@ -120,18 +130,51 @@ class Saver:
             )
         prune(self.folder, state["step"], self.cfg)
 
+    def _export(self, source: Path, out: Path, need: int, write: Write) -> None:
+        """In the thread. What goes wrong on any process is raised on the first one."""
+        with contextlib.ExitStack() as place:
+            temporary: Path | None = None
+            problem: BaseException | None = None
+            if self.group.first and source.is_dir():
+                try:
+                    temporary = place.enter_context(replacing(out, need))
+                except (SidError, OSError) as error:
+                    problem = error
+            temporary = self._told(temporary)
+            writers = min(self.group.count, WRITERS)
+            if temporary is not None and self.group.rank < writers:
+                try:
+                    write(source, temporary, (self.group.rank, writers))
+                except (Exception, CheckpointException) as error:  # the others are waiting, whatever it is
+                    problem = error
+            problems = self._gathered(None if problem is None else str(problem))
+            if self.group.first and problem is not None:
+                raise problem
+            if any(problems):
+                raise OSError(next(filter(None, problems)))
+
+    def _told(self, value: Any) -> Any:
+        """The first process's value, on all of them."""
+        values = [value]
+        if self.messages is not None:
+            dist.broadcast_object_list(values, group=self.messages)
+        return values[0]
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The values of all processes on the first one, [] on others."""
+        if self.messages is None:
+            return [value]
+        everyone: list[Any] = [None] * self.group.count
+        dist.gather_object(value, everyone if self.group.first else None, group=self.messages)
+        return everyone if self.group.first else []
+
     def _sealed(self, temporary: Path) -> list[dict[str, Any]]:
         """Sizes and checksums of all files, on the first process; each process reads what it has written."""
         own = f"__{dist.get_rank()}_*" if self.messages is not None else "__*"
         paths = sorted((temporary / "tensors").glob(own))
         if self.group.first:
             paths.append(temporary / "tensors/.metadata")
-        files = [seal(path, temporary) for path in paths]
-        if self.messages is None:
-            return files
-        everyone: list[Any] = [None] * self.group.count
-        dist.gather_object(files, everyone if self.group.first else None, group=self.messages)
-        return [file for files in everyone if files for file in files]
+        return [file for files in self._gathered([seal(path, temporary) for path in paths]) for file in files]
 
 
 def prune(folder: Path, step: int, cfg: CheckpointConfig) -> None:

@@ -28,7 +28,7 @@ def sparse_layers(model: nn.Module) -> list[SquaredReLUFeedForward]:
 
 
 def present(model: Any) -> bool:
-    """Whether the model has such layers, on whatever process."""
+    """Whether the model's layers are such ones, on whatever process."""
     return model.config.mlp_sparsity is not None and not model.config.num_local_experts
 
 
@@ -57,8 +57,8 @@ def measured(model: Any, layers: list[SquaredReLUFeedForward], group: Processes)
     return {name: [finite(row[i]) for row in rows] for i, name in enumerate(STATISTICS)}
 
 
-def announcement(layers: list[SquaredReLUFeedForward], cfg: SparsityConfig, steps: int) -> str:
-    """One line on when the layers become sparse."""
+def announcement(layers: int, cfg: SparsityConfig, steps: int) -> str:
+    """One line on when the model's layers become sparse. layers: how many it has, on whatever process."""
     if cfg.warmup_steps >= steps:
         return f"2:4 sparsity never starts: sparsity.warmup_steps={cfg.warmup_steps}, train.steps={steps}"
-    return f"2:4 sparsity in {len(layers)} layers from step {cfg.warmup_steps + 1} on"
+    return f"2:4 sparsity in {layers} layers from step {cfg.warmup_steps + 1} on"

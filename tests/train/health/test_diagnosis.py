@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from sidlm.train.health import dump, files
+from sidlm.train.health import files
 from sidlm.train.health.diagnosis import diagnose
-from sidlm.train.health.slow import Slowness, lateness
 
 NOW = 1_000_000.0
 EVERYONE = {"name": "all_reduce", "number": 123, "group": "dp_shard", "ranks": [0, 1, 2, 3], "done": False, "sizes": [],
@@ -161,43 +160,3 @@ def test_a_good_end_and_blank_notes(start, tmp_path):
     folder = start(beats={rank: beat(rank, phase="done") for rank in range(4)})
     (tmp_path / "rank-0.note.json").write_text(" " * files.SIZE)
     assert diagnose(folder) is None
-
-
-def test_lateness_names_the_process_that_the_others_waited_for():
-    arrivals = {
-        0: {"a 1": 10.0, "b 2": 13.1, "c 3": 13.2},
-        1: {"a 1": 10.1, "b 2": 13.0, "c 3": 13.3, "own": 1.0},
-        2: {"a 1": 13.0, "b 2": 13.2, "c 3": 13.4},
-    }
-    late = lateness(arrivals)
-    assert late == pytest.approx({0: 0.1, 1: 0.2, 2: 3.4})
-
-
-def test_a_slow_step_is_judged_once_all_have_written(tmp_path, monkeypatch):
-    processes = [Slowness(rank, 2) for rank in range(2)]
-    for each in processes:
-        for step in range(1, 11):
-            each.done(step, 100.0 + step, 1.0)
-        each.done(11, 111.0, 4.0)
-    for rank, times in ((0, [111.5, 114.5]), (1, [114.2, 114.6])):
-        seen = [EVERYONE | {"number": i, "time": moment} for i, moment in enumerate([90.0, *times])]
-        monkeypatch.setattr(dump, "collectives", lambda last, seen=seen: seen)
-        processes[rank].write(tmp_path)
-        beats = {0: beat(0), 1: beat(1)}
-        found = processes[0].judge(tmp_path, beats)
-        assert (found is None) is (rank == 0)
-    assert found[:2] == (1, 11)
-    assert "rank 1 (node7, pid 101) is slow: it came 2.80 s after the others to the collectives of step 11" in found[2]
-    assert processes[0].judge(tmp_path, beats) is None
-
-
-def test_a_step_that_is_no_slower_is_not_looked_at(tmp_path):
-    one = Slowness(0, 2)
-    for step in range(1, 20):
-        one.done(step, 100.0, 1.0 + 0.4 * (step % 2))
-    for step in range(20, 30):
-        one.done(step, 100.0, 0.001)
-    one.recent.extend([0.01] * 60)
-    one.done(30, 100.0, 0.3)  # a hiccup, however much longer than usual
-    one.write(tmp_path)
-    assert one.judge(tmp_path, {}) is None and not list(tmp_path.iterdir())

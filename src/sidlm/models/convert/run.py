@@ -19,7 +19,7 @@ from sidlm.models.convert.check import LogitsCheck, compare, neighbour_logits, r
 from sidlm.models.convert.gguf_file import gguf_tensors, write_gguf
 from sidlm.models.convert.meta_reader import MetaCheckpoint
 from sidlm.models.convert.meta_writer import write_meta
-from sidlm.models.convert.safetensors_writer import write_safetensors
+from sidlm.models.convert.safetensors_writer import MAX_BYTES, write_safetensors
 from sidlm.models.convert.source import Checkpoint, Entry, SafetensorsCheckpoint, read_json
 
 LAYOUTS = ("sid", "llama", "meta", "gguf")
@@ -80,7 +80,7 @@ def convert(
     *,
     layout: str = "sid",
     ranks: int = 1,
-    max_bytes: int = 5 * 10**9,
+    max_bytes: int = MAX_BYTES,
     reference: Checkpoint | None = None,
     exact: bool = True,
     portable: bool = False,
@@ -133,8 +133,7 @@ def _write_folder(target: Path, source: Checkpoint, layout: str, ranks: int, max
     if layout == "meta":
         write_meta(target, source, ranks)
     else:
-        values = ((name, source.read(name)) for name in source.tensors)
-        write_safetensors(target, source.tensors, values, max_bytes=max_bytes)
+        write_safetensors(target, source.tensors, source.read, max_bytes=max_bytes)
         write_config(target, source, layout)
     for name in BESIDE:
         if (source.folder / name).is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,32 +14,41 @@ from sidlm.models.convert.source import DTYPES, Entry
 
 ALIGNMENT = 64
 """The tensors start at such a multiple of bytes: mapped into memory they lie where torch would have put them."""
+MAX_BYTES = 5 * 10**9
+"""Of one file, unless told otherwise"""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(
-    folder: Path, tensors: Mapping[str, Entry], values: Iterable[tuple[str, Tensor]], *, max_bytes: int = 5 * 10**9
+    folder: Path,
+    tensors: Mapping[str, Entry],
+    read: Callable[[str], Tensor],
+    *,
+    max_bytes: int = MAX_BYTES,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Write model.safetensors, or shards of at most max_bytes (one tensor at least) with their index.
 
-    tensors: what there is, in the order in which values gives it; one value is held at a time.
-    Raises ValueError if a value is not the one that tensors announces.
+    tensors: what there is, in the order in which it is read; one tensor is held at a time. share: (index, count), of
+    several processes that write into one folder, which of them this one is; the first one has the index.
+    Raises ValueError if a tensor is not the one that tensors announces.
     """
     shards = _shards(tensors, max_bytes)
-    given = iter(values)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
+    index, count = share
+    for name, shard in list(zip(names, shards, strict=True))[index::count]:
         with (folder / name).open("wb") as file:
-            _write_file(file, shard, given)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(entry.nbytes for entry in tensors.values())},
-            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+            _write_file(file, shard, read)
+    if len(shards) > 1 and index == 0:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        metadata = {
+            "total_parameters": sum(entry.nbytes // entry.dtype.itemsize for entry in tensors.values()),
+            "total_size": sum(entry.nbytes for entry in tensors.values()),
         }
-        path = folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _shards(tensors: Mapping[str, Entry], max_bytes: int) -> list[dict[str, Entry]]:
@@ -54,7 +63,7 @@ def _shards(tensors: Mapping[str, Entry], max_bytes: int) -> list[dict[str, Entr
     return shards
 
 
-def _write_file(file: BinaryIO, tensors: Mapping[str, Entry], values: Iterator[tuple[str, Tensor]]) -> None:
+def _write_file(file: BinaryIO, tensors: Mapping[str, Entry], read: Callable[[str], Tensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, entry in tensors.items():
@@ -67,10 +76,10 @@ def _write_file(file: BinaryIO, tensors: Mapping[str, Entry], values: Iterator[t
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
-    for expected, entry in tensors.items():
-        name, value = next(values)
-        if (name, tuple(value.shape), value.dtype) != (expected, *entry):
-            raise ValueError(f"{expected} {entry} was announced, got {name} {tuple(value.shape)} {value.dtype}")
+    for name, entry in tensors.items():
+        value = read(name)
+        if (tuple(value.shape), value.dtype) != entry:
+            raise ValueError(f"{name} {entry} was announced, got {tuple(value.shape)} {value.dtype}")
         file.write(raw(value))
 
 

@@ -121,7 +121,16 @@ def choose(op: str, impls: Mapping[str, dispatch.Implementation], impl: str | No
     return "eager" if impl is None and name in KERNELS and x.shape[-1] > LARGEST_HEAD else name
 
 
-def _check(q: Tensor, others: dict[str, Tensor], window: tuple[int, int], form: str, doc_ids: Tensor | None) -> None:
+def check_window(window: object) -> None:
+    """ValueError unless it is two positive integers."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or any(int(w) != w for w in window):
+        raise ValueError(f"window is {window!r}, but must be two integers (w1, w2)")
+    for i, w in enumerate(window):
+        if w < 1:
+            raise ValueError(f"window[{i}] is {w}, but must be at least 1")
+
+
+def _check(q: Tensor, others: dict[str, Tensor], form: str, doc_ids: Tensor | None) -> None:
     """ValueError naming the argument and the two values that disagree; the same for every implementation."""
     if q.ndim != 4:
         raise ValueError(f"q must be (B, T, H, D), got shape {tuple(q.shape)}")
@@ -144,9 +153,6 @@ def _check(q: Tensor, others: dict[str, Tensor], window: tuple[int, int], form: 
             raise ValueError(f"{name} has {x.shape[1]} positions, but k{name[1:]} has {partner.shape[1]}")
     if k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(f"q has {heads} heads, not a multiple of the {k.shape[2]} heads of k")
-    for i, w in enumerate(window):
-        if w < 1:
-            raise ValueError(f"window[{i}] is {w}, but must be at least 1")
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, but must be one of {', '.join(FORMS)}")
     if doc_ids is not None:
@@ -247,7 +253,8 @@ def two_simplicial_attention(
         ValueError: shapes, dtypes, devices, windows or doc_ids that disagree, with the names and the two values;
             padding inside a document for a kernel, with row and position.
     """
-    _check(q, {"k": k, "v": v, "k2": k2, "v2": v2}, window, form, doc_ids)
+    check_window(window)
+    _check(q, {"k": k, "v": v, "k2": k2, "v2": v2}, form, doc_ids)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     name = choose("simplicial", IMPLEMENTATIONS, impl, q)
     if name in KERNELS and doc_ids is not None and readable(doc_ids):

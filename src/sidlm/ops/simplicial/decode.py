@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sidlm.ops import dispatch
 from sidlm.ops.simplicial import eager, prepare
-from sidlm.ops.simplicial.api import FORMS, choose, emulated
+from sidlm.ops.simplicial.api import FORMS, check_window, choose, emulated
 
 
 def _gathered(ring: Tensor, slots: Tensor, hidden: Tensor) -> Tensor:
@@ -76,9 +76,6 @@ def _check(
         raise ValueError(f"q must be (B, n, H, D), got shape {tuple(q.shape)}")
     batch, n, heads, dim = q.shape
     groups = rings["k"].shape[2] if rings["k"].ndim == 4 else 0
-    for i, w in enumerate(window):
-        if w < 1:
-            raise ValueError(f"window[{i}] is {w}, but must be at least 1")
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, but must be one of {', '.join(FORMS)}")
     for (name, x), i in zip(rings.items(), (0, 0, 1, 1), strict=True):
@@ -153,6 +150,7 @@ def two_simplicial_decode(
         RuntimeError: gradients are wanted; use two_simplicial_attention.
     """
     rings = {"k": k, "v": v, "k2": k2, "v2": v2}
+    check_window(window)
     _check(q, rings, lengths, window, form, doc_ids)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, *rings.values())):
         raise RuntimeError(

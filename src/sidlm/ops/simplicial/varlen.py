@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidlm.ops.simplicial.api import readable, two_simplicial_attention
+from sidlm.ops.simplicial.api import check_window, readable, two_simplicial_attention
 
 HALO = ("k", "v", "k2", "v2")
 
@@ -121,6 +121,7 @@ def two_simplicial_attention_halo(
     Raises:
         ValueError: as two_simplicial_attention, or a halo that does not fit, with the values.
     """
+    check_window(window)
     if len(halo) != len(HALO):
         raise ValueError(f"halo has {len(halo)} tensors, expected {len(HALO)}: {', '.join(HALO)}")
     own = (k, v, k2, v2)
@@ -139,7 +140,7 @@ def two_simplicial_attention_halo(
             raise ValueError(
                 f"{named} has {before.shape[1]} positions, but halo[{i - 1}] ({HALO[i - 1]}) has {halo[i - 1].shape[1]}"
             )
-        needed = max(window[i // 2] - 1, 0)
+        needed = window[i // 2] - 1
         if before.shape[1] > needed:
             raise ValueError(
                 f"{named} has {before.shape[1]} positions, more than the {needed} that "

@@ -264,6 +264,7 @@ def brackets(modulus: int = 5, leaves: int = 5) -> Task:
 
 TASKS: dict[str, Callable[[], Task]] = {
     "match3": match3,
+    "match3-17": lambda: match3(modulus=17, context=4),
     "function-composition": function_composition,
     "relation-composition": relation_composition,
     "k-hop": k_hop,

@@ -25,7 +25,6 @@ from sidlm.errors import SidError
 from sidlm.parallel.config import launched
 from sidlm.train.health import dump, files, peers
 from sidlm.train.health.diagnosis import diagnose
-from sidlm.train.health.slow import Slowness
 from sidlm.train.processes import Processes
 
 PATIENT = 6
@@ -70,7 +69,6 @@ class Health:
         self.longest, self.steps_here, self.beaten = 0.0, 0, 0.0
         self.gone: dict[int, dict[str, Any]] = {}
         self.noted_failure = False
-        self.slowness = Slowness(self.rank, group.count)
         self.hang: files.Record = {}
         self.links: list[dict[str, Any]] = []
         self.lock, self.ended = threading.Lock(), threading.Event()
@@ -131,7 +129,6 @@ class Health:
         now = time.time()
         if self.phase == "step":
             self.steps_here += 1
-            self.slowness.done(self.step, self.since, now - self.since)
             if self.steps_here > 1:  # the first one compiles
                 self.longest = max(self.longest, now - self.since)
         self.step = self.step if step is None else step
@@ -226,21 +223,10 @@ class Health:
             self.look_at_peers()
             if self.steps_here and not self.links:
                 self._keep_links()
-            self._look_at_slow_steps()
             self._keep_events()
             if self.overdue() or (self.group.count > 1 and (self.folder / "hang").exists()):
                 self._hung()
                 return
-
-    def _look_at_slow_steps(self) -> None:
-        with contextlib.suppress(OSError):
-            self.slowness.write(self.folder)
-            if self.group.first and self.slowness.judged is not None:
-                found = self.slowness.judge(self.folder, files.read_ranks(self.folder, ""))
-                if found is not None:
-                    rank, step, line = found
-                    self.survived("slow", line, ranks=[rank], step=step)
-                    print(f"sid: {line}", file=sys.stderr, flush=True)
 
     def _keep_links(self) -> None:
         """Who talks to whom, while all of them can."""
