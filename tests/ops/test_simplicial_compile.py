@@ -19,14 +19,14 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 SPILLS = {
     "forward": 40, "delta": 0, "copies": 0, "queries": 64, "keys": 1000, "decode": 80, "merge": 0,
     "hopper_forward": 320, "hopper_queries": 200, "hopper_keys": 400, "hopper_keys determinant": 520,
-    "hopper_narrow_queries": 680, "hopper_narrow_keys": 80,
+    "hopper_narrow_queries": 760, "hopper_narrow_keys": 80,
 }  # fmt: skip
 # Addresses and bounds of the window that are read back, never part of a tile. The key gradients form virtual queries in
 # their loop, beside four accumulators: there it is a dozen or two of some 400 instructions, of 700 for the determinant,
 # which forms them in float32. What the Gluon kernels do once a tile, inside of that loop, is left out
 SPILLS_IN_LOOPS = {
     "keys": 16, "hopper_forward": 0, "hopper_queries": 4, "hopper_keys": 16, "hopper_keys determinant": 24, "decode": 0,
-    "hopper_narrow_queries": 8, "hopper_narrow_queries documents": 48, "hopper_narrow_keys": 12,
+    "hopper_narrow_queries": 16, "hopper_narrow_keys": 12,
 }  # fmt: skip
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 
@@ -60,7 +60,6 @@ def check(rows, kernels=TRAINING):
         arch, kernel = row["arch"], row["kernel"]
         assert row["shared"] <= SHARED[arch], row
         form = f"{kernel} {row['form']}"
-        form = f"{kernel} documents" if row["docs"] and f"{kernel} documents" in SPILLS_IN_LOOPS else form
         assert row["spills"] <= SPILLS.get(form, SPILLS[kernel]), row
         assert row["spills_in_loops"] <= SPILLS_IN_LOOPS.get(form, SPILLS_IN_LOOPS.get(kernel, 1)), row
         assert row.get("tensor_memory", 0) <= 512, row
@@ -82,9 +81,8 @@ def test_hopper(compiled):
 
 def test_everything_one(compiled):
     """Arguments that are 1 become constants of the kernel."""
-    assert (
-        len(compiled("sm_90", "--steps", "1", "--heads", "1", "1", "--window", "1", "1", "--form", "determinant")) == 3
-    )
+    ones = ("--steps", "1", "--heads", "1", "1", "--window", "1", "1", "--form", "determinant")
+    assert len(compiled("sm_90", *ones, "--kernel", *TRAINING, *NARROW)) == 5
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])

@@ -1,7 +1,8 @@
 """2-simplicial attention on Hopper: kernels for it where they can run, the portable ones for the rest.
 
 They take head dimensions 64 and 128 and a shorter window of at most 64, both forms. Those of hopper_wide.py, in CUDA
-C++, take what goes over virtual queries in groups of 16, 32, ... heads; the others are written in Gluon.
+C++, take what goes over virtual queries in groups of 16, 32, ... heads; the others are written in Gluon. The backward
+pass of groups of fewer heads is that of hopper_narrow*.py, where the shorter window is at most 32.
 """
 
 import torch

@@ -256,7 +256,7 @@ def cut(p: Problem) -> Shares:
     """Chunks of queries: few (each costs memory), but some programs for every processor."""
     batch, _, s1, _, groups, _, _ = p.shape
     blocks, span = -(-s1 // KEYS), KEYS + p.w1 - 1  # queries that see a block of keys
-    wanted = max(1, -(-8 * processors(p.q.device) // (blocks * batch * groups)))
+    wanted = max(1, -(-16 * processors(p.q.device) // (blocks * batch * groups)))
     chunk = next_power(-(-span // wanted), 32)
     return Shares(blocks, chunk, -(-(span - 1) // chunk) + 1)
 

@@ -25,7 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sidlm.ops.simplicial.hopper_backward_queries import outputs
-from sidlm.ops.simplicial.hopper_narrow import PLACES, of_rows, seen_second, statistics, virtual_rows
+from sidlm.ops.simplicial.hopper_narrow import PLACES, of_rows, statistics, virtual_rows
+from sidlm.ops.simplicial.hopper_narrow_sums import leave, merge
 from sidlm.ops.simplicial.hopper_tiles import (
     clear_before,
     descriptor,
@@ -78,124 +79,11 @@ def _producer(
 
 @gluon.jit
 @no_type_check
-def _pairs_of(x, layout: gl.constexpr, D: gl.constexpr):
-    """The rows of the two pairs, [32, D] each, of a tile [64, D]."""
-    one, two = gl.split(gl.permute(gl.reshape(x, [4, 2, 8, D]), (0, 2, 3, 1)))
-    one = gl.convert_layout(gl.reshape(one, [32, D]), layout)
-    return one, gl.convert_layout(gl.reshape(two, [32, D]), layout)
-
-
-@gluon.jit
-@no_type_check
-def _leave(sums, out_ptr, m, which, bound, away, D: gl.constexpr, layout: gl.constexpr):
-    """Sums of second keys m [32] to memory; those before `bound`, of the queries before too, have another slot."""
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    at = m.to(gl.int64) * D + gl.where(m < bound, away, 0)
-    gl.store(out_ptr + (at[:, None] + d[None, :]), sums, mask=(which & (m >= 0))[:, None])
-
-
-@gluon.jit
-@no_type_check
-def _change(sums, out_ptr, old_last, last, bound, away, D: gl.constexpr, layout: gl.constexpr):
-    """The sums when the next query sees second keys up to `last`: zero in the places that change hands."""
-    place = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
-    m = old_last - ((old_last - place) & 31)
-    changed = m != last - ((last - place) & 31)
-    if last != old_last:
-        _leave(sums, out_ptr, m, changed, bound, away, D, layout)
-    return gl.where(changed[:, None], 0.0, sums)
-
-
-@gluon.jit
-@no_type_check
-def _collect(
-    ring, one, two, seen_one, seen_two, x_one_ptr, x_two_ptr, out_ptr, old_last, last_one, last_two, bound, away,
-    D: gl.constexpr, SAME: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """What the two pairs of a tile give to the second keys, [32, D] o their row of x each, onto the sums."""
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    x = gl.load(x_one_ptr + d).to(gl.float32)
-    one = gl.where(seen_one, one * x[None, :], 0.0)  # what is out of sight may have met NaN
-    x = gl.load(x_two_ptr + d).to(gl.float32)
-    two = gl.where(seen_two, two * x[None, :], 0.0)
-    sums = _change(ring.load(layout), out_ptr, old_last, last_one, bound, away, D, layout) + one
-    if not SAME:
-        sums = _change(sums, out_ptr, last_one, last_two, bound, away, D, layout)
-    ring.store(sums + two)
-
-
-@gluon.jit
-@no_type_check
-def _sum_places(x, scratch, out_ptr, inside, scale, D: gl.constexpr):
-    """out[:] = scale * sum over places of x [32, D], a column a thread."""
-    column: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [1, 4], [0, 1])
-    scratch.store(x)
-    total = gl.sum(scratch.load(column), 0)
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, column))
-    gl.store(out_ptr + d, (total * scale).to(out_ptr.dtype.element_ty), mask=inside & (d < D))
-
-
-@gluon.jit
-@no_type_check
-def _merge(
-    du, z, ring_smem, scratch, pair, end, old_last, q_ptr, qb_ptr, k2_ptr, k2b_ptr, do_ptr, dq_ptr, dqb_ptr,
-    dk2_ptr, dk2b_ptr, dv2_ptr, reach_ptr, b, group, T, S2, w2, scale, k2_bias, bound, away,
-    R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, DETERMINANT: gl.constexpr, HAS_DOCS: gl.constexpr,
-    WG: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """The end of a tile: dq to memory, shares of dk2 and dv2 onto their sums. Returns the last second key in sight."""
-    SAME: gl.constexpr = R % 2 == 0  # both pairs are of one query
-    COPIES: gl.constexpr = 2 if DETERMINANT else 1
-    SUMS: gl.constexpr = 1 + COPIES
-    place = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    start = ((b * S2).to(gl.int64) * G + group) * D
-    one = gl.minimum(pair, end - 1)
-    two = gl.minimum(pair + 1, end - 1)
-    last_one = one // R + S2 - T
-    last_two = two // R + S2 - T
-    row_one = ((b * T + one // R).to(gl.int64) * (R * G) + group * R + one % R) * D
-    row_two = ((b * T + two // R).to(gl.int64) * (R * G) + group * R + two % R) * D
-    age = (last_one - place) & 31
-    at_one = start + (last_one - age)[:, None] * (G * D) + d[None, :]
-    seen_one = (age < seen_second(one // R, last_one, reach_ptr, b, T, w2, HAS_DOCS))[:, None]
-    at_two = at_one
-    seen_two = seen_one
-    if not SAME:
-        age = (last_two - place) & 31
-        at_two = start + (last_two - age)[:, None] * (G * D) + d[None, :]
-        seen_two = (age < seen_second(two // R, last_two, reach_ptr, b, T, w2, HAS_DOCS))[:, None]
-    seen_two = seen_two & (pair + 1 < end)
-    z_one, z_two = _pairs_of(z, layout, D)
-    _collect(ring_smem.index(SUMS * WG), z_one, z_two, seen_one, seen_two, do_ptr + row_one, do_ptr + row_two,
-             dv2_ptr, old_last, last_one, last_two, bound, away, D, SAME, layout)  # fmt: skip
-    du_one, du_two = _pairs_of(du, layout, D)
-    for copy in gl.static_range(COPIES):
-        second_ptr = k2_ptr if copy == 0 else k2b_ptr
-        out_ptr = dq_ptr if copy == 0 else dqb_ptr
-        k2 = gl.load(second_ptr + at_one, mask=seen_one, other=0.0).to(gl.float32) + k2_bias
-        _sum_places(gl.where(seen_one, du_one * k2, 0.0), scratch.index(2 * WG), out_ptr + row_one,
-                    pair < end, scale, D)  # fmt: skip
-        if not SAME:
-            k2 = gl.load(second_ptr + at_two, mask=seen_two, other=0.0).to(gl.float32) + k2_bias
-        _sum_places(gl.where(seen_two, du_two * k2, 0.0), scratch.index(2 * WG + 1), out_ptr + row_two,
-                    pair + 1 < end, scale, D)  # fmt: skip
-    for copy in gl.static_range(COPIES):
-        first_ptr = q_ptr if copy == 0 else qb_ptr
-        out_ptr = dk2_ptr if copy == 0 else dk2b_ptr
-        _collect(ring_smem.index(SUMS * WG + 1 + copy), du_one, du_two, seen_one, seen_two,
-                 first_ptr + row_one, first_ptr + row_two,
-                 out_ptr, old_last, last_one, last_two, bound, away, D, SAME, layout)  # fmt: skip
-    return last_two
-
-
-@gluon.jit
-@no_type_check
 def _consumer(
     k_smem, v_smem, u_smem, ring_smem, k_full, k_empty, v_full, v_empty,
     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
     dq_ptr, dqb_ptr, dk2_ptr, dk2b_ptr, dv2_ptr,
-    T, S1, S2, w1, w2, IC, BG, scale_log2, scale, k2_bias, v2_bias,
+    T, S1, S2, w1, w2, IC, BG, away, scale_log2, scale, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr, V2_BIAS: gl.constexpr, HAS_DOCS: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
@@ -219,8 +107,7 @@ def _consumer(
     u = u_smem.index(2 * WG)
     w = u_smem.index(2 * WG + 1)
     scratch = u_smem._reinterpret(gl.float32, [4, 32, D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
-    here = (WG * BG + bg).to(gl.int64) * S2 * D  # of the slots (2, warpgroup, B * G, S2, D)
-    away = (2 * BG).to(gl.int64) * S2 * D
+    here = (WG * BG + bg).to(gl.int64) * S2 * D  # of (2, warpgroup, B * G, S2, D), its second half `away`
     bound = low + S2 - T
     row = gl.arange(0, 64, layout=rows_s)
     column = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
@@ -281,7 +168,7 @@ def _consumer(
             mbarrier.arrive(k_empty.index(slot), count=1)
             mbarrier.arrive(v_empty.index(slot), count=1)
             step += 1
-        old_last = _merge(
+        old_last = merge(
             du, z, ring_smem, scratch, pair, end, old_last, q_ptr, qb_ptr, k2_ptr, k2b_ptr, do_ptr, dq_ptr, dqb_ptr,
             dk2_ptr + here, dk2b_ptr + here, dv2_ptr + here, reach_ptr, b, group, T, S2, w2, scale, k2_bias,
             bound, away, R, G, D, DETERMINANT, HAS_DOCS, WG, pair_layout,
@@ -291,7 +178,7 @@ def _consumer(
     for kind in gl.static_range(SUMS):
         out_ptr = dv2_ptr if kind == 0 else (dk2_ptr if kind == 1 else dk2b_ptr)
         sums = ring_smem.index(WG * SUMS + kind).load(pair_layout)
-        _leave(sums, out_ptr + here, m, m == m, bound, away, D, pair_layout)
+        leave(sums, out_ptr + here, m, m == m, bound, away, D, pair_layout)
 
 
 @gluon.jit
@@ -314,7 +201,7 @@ def _hide(
 def narrow_queries_kernel(
     k_desc, v_desc, q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
     dq_ptr, dqb_ptr, dk2_ptr, dk2b_ptr, dv2_ptr,
-    T, S1, S2, w1, w2, IC, BG, scale_log2, scale, k2_bias, v2_bias,
+    T, S1, S2, w1, w2, IC, BG, away, scale_log2, scale, k2_bias, v2_bias,
     R: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     DETERMINANT: gl.constexpr, K2_BIAS: gl.constexpr, V2_BIAS: gl.constexpr, HAS_DOCS: gl.constexpr,
 ):  # fmt: skip
@@ -346,7 +233,7 @@ def narrow_queries_kernel(
                     k_smem, v_smem, u_smem, ring_smem, k_full, k_empty, v_full, v_empty,
                     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
                     dq_ptr, dqb_ptr, dk2_ptr, dk2b_ptr, dv2_ptr,
-                    T, S1, S2, w1, w2, IC, BG, scale_log2, scale, k2_bias, v2_bias,
+                    T, S1, S2, w1, w2, IC, BG, away, scale_log2, scale, k2_bias, v2_bias,
                     R, G, D, BN, STAGES, DETERMINANT, K2_BIAS, V2_BIAS, HAS_DOCS, FIRST,
                 ),
             ),
@@ -356,7 +243,7 @@ def narrow_queries_kernel(
                     k_smem, v_smem, u_smem, ring_smem, k_full, k_empty, v_full, v_empty,
                     q_ptr, qb_ptr, k2_ptr, k2b_ptr, v2_ptr, do_ptr, lse_ptr, delta_ptr, reach_ptr,
                     dq_ptr, dqb_ptr, dk2_ptr, dk2b_ptr, dv2_ptr,
-                    T, S1, S2, w1, w2, IC, BG, scale_log2, scale, k2_bias, v2_bias,
+                    T, S1, S2, w1, w2, IC, BG, away, scale_log2, scale, k2_bias, v2_bias,
                     R, G, D, BN, STAGES, DETERMINANT, K2_BIAS, V2_BIAS, HAS_DOCS, SECOND,
                 ),
             ),
@@ -408,7 +295,8 @@ def plan(
         "do_ptr": grad_out, "lse_ptr": lse, "delta_ptr": delta, "reach_ptr": lse if reach is None else reach,
         "dq_ptr": dqs[0], "dqb_ptr": dqs[-1], "dk2_ptr": sums[0], "dk2b_ptr": sums[-2], "dv2_ptr": sums[-1],
         "T": steps, "S1": s1, "S2": s2, "w1": p.w1, "w2": p.w2, "IC": cut.chunk, "BG": batch * groups,
-        "scale_log2": scale * LOG2E, "scale": scale, "k2_bias": p.k2_bias, "v2_bias": p.v2_bias,
+        "away": 2 * batch * groups * s2 * dim, "scale_log2": scale * LOG2E, "scale": scale, "k2_bias": p.k2_bias,
+        "v2_bias": p.v2_bias,
     }  # fmt: skip
     constants = {
         "R": per_group, "G": groups, "D": dim, "BN": BLOCK, "STAGES": 2 if p.determinant else 3,  # what memory holds
