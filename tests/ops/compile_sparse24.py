@@ -28,7 +28,6 @@ from sidlm.ops.sparse24 import (
     triton_thin,
     triton_transpose,
     triton_turn,
-    triton_turn_rows,
 )
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
@@ -62,10 +61,7 @@ def launches(arch: str, T: int, F: int, dtype: torch.dtype, layout: str) -> Iter
         dense = empty(DENSE, length, dtype=kind)
         yield "dense" + suffix, triton_transpose.plan_dense(act, some, perm, known, dense, scale, layout)
         rows, scale = empty(MODEL, length, dtype=kind), empty(MODEL) if fp8 else None
-        if known_x is not None and scale is not None:
-            yield "rows_fp8", triton_turn_rows.plan(x, perm, known_x, rows, scale)
-        else:
-            yield "rows", triton_transpose.plan_rows(x, None, perm, None, rows, None)
+        yield "rows" + suffix, triton_transpose.plan_rows(x, None, perm, known_x, rows, scale)
         if fp8 and in_pairs(arch, torch.bfloat16):
             for by in ("value", "magnitude"):
                 plan = triton_turn.plan(act, to, perm, bits, out.values, out.metadata, out.scale, totals, by)

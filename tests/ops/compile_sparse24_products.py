@@ -33,10 +33,8 @@ def launches(arch: str) -> Iterator[tuple[str, Launch]]:
     yield "rescaled", triton_rescale.plan(scaled, None, None, product)
     yield "unpack", triton_unpack.plan(empty(T, F // 2, dtype=BF16), metadata, None, empty(T, F, dtype=BF16))
     if arch != "sm_80":  # has no e4m3
-        for name, x in (("", empty(T, D, dtype=BF16)), (" wide", empty(D, F, dtype=BF16))):
-            given = x, empty(*x.shape, dtype=FP8), empty(len(x))
-            yield f"quantize{name}", triton_quantize.plan(*given, None, arch)
-            yield f"quantize{name}, tops", triton_quantize.plan(*given, empty(x.shape[1], dtype=torch.int32), arch)
+        for name, x in (("quantize", empty(T, D, dtype=BF16)), ("quantize wide", empty(D, F, dtype=BF16))):
+            yield name, triton_quantize.plan(x, empty(*x.shape, dtype=FP8), empty(len(x)), arch)
 
 
 def main() -> None:

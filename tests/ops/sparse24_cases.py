@@ -23,6 +23,7 @@ def run(tensors, **settings):
     """out and the gradients of x, w_up and w_down."""
     *leaves, g = [t.detach().clone() for t in tensors]
     out = squared_relu_ffn(*(t.requires_grad_() for t in leaves), **settings)
+    assert isinstance(out, torch.Tensor)
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from ops.sparse24_products import DTYPES, own_cache, packed_example, relaid  # noqa: F401 - a fixture
-from sidlm.ops.sparse24 import gpu, products
+from sidlm.ops.sparse24 import products
 from sidlm.ops.sparse24.layouts import to_layout
 from sidlm.ops.sparse24.packed import unpack
 from sidlm.ops.sparse24.quantize import FP8, quantize_rows
@@ -76,26 +76,6 @@ def test_rows_are_quantised_as_by_torch(dtype):
     assert kernel(x[:, :0])[1].tolist() == [1.0] * 9
     with pytest.raises(ValueError, match="stride 9"):
         kernel(x.T.contiguous().T)
-
-
-@pytest.mark.parametrize("columns", [24, 4200])
-@pytest.mark.parametrize("rows", [5, 12, 600])
-def test_the_largest_of_columns_are_found_with_those_of_rows(rows, columns, monkeypatch):
-    """Of rows that several programs, some of them with several rows, have; and for rows that do not fit, too."""
-    from sidlm.ops.sparse24 import eager, triton_quantize
-
-    monkeypatch.setattr(triton_quantize, "PROGRAMS", 4)
-    exact = torch.randn(rows, columns).to(FP8).float()  # how others are rounded is the device's affair
-    w = exact * torch.exp2(torch.randint(-9, 9, (rows, 1)).float())
-    w[0], w[1, 5], w[2, 7], w[:, 9] = 0, torch.inf, torch.nan, 0
-    ((values, scale), tops), ((want, want_scale), want_tops) = (s.rows_and_tops(w) for s in (gpu.STEPS, eager.STEPS))
-    assert torch.equal(*(x.view(torch.float32).nan_to_num(-1) for x in (tops, want_tops)))
-    assert torch.equal(scale.nan_to_num(-1), want_scale.nan_to_num(-1))
-    keep = ~scale.isnan()
-    assert torch.equal(values[keep].float(), want[keep].float())
-    monkeypatch.setattr(triton_quantize, "COLUMNS", 16)
-    again = gpu.STEPS.rows_and_tops(w)[1]
-    assert torch.equal(*(x.view(torch.float32).nan_to_num(-1) for x in (again, want_tops)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -318,19 +318,3 @@ def test_quantising_rows_is_that_of_torch(dtype, device):
         assert torch.equal(a_scale.nan_to_num(-1), b_scale.nan_to_num(-1))
         a, b = a.float(), b.float()
         assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize(("rows", "columns"), [(63, 1000), (1601, 4096), (700, 21504), (40, 30008)])
-def test_weights_are_quantised_both_ways_as_by_torch(rows, columns, dtype, device):
-    """Rows with the largest of each column on the way; and by those the transpose, of words and, odd, of bytes."""
-    from sidlm.ops.sparse24 import eager, gpu
-
-    w = torch.randn(rows, columns, device=device) * torch.exp2(torch.randint(-9, 9, (rows, 1), device=device))
-    w = w.to(dtype)
-    w[2], w[3, 5], w[4, 7], w[:, 9] = 0, torch.inf, torch.nan, 0
-    (a, a_tops), (b, b_tops) = (steps.rows_and_tops(w) for steps in (gpu.STEPS, eager.STEPS))
-    assert torch.equal(*(tops.view(torch.float32).nan_to_num(-1) for tops in (a_tops, b_tops)))
-    for (x, x_scale), (y, y_scale) in ((a, b), (gpu.turned(w, a_tops), eager.turned(w, a_tops))):
-        assert torch.equal(x_scale.nan_to_num(-1), y_scale.nan_to_num(-1))
-        assert torch.equal(x.float().nan_to_num(500), y.float().nan_to_num(500))

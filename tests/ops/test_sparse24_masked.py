@@ -208,8 +208,8 @@ def test_e4m3_is_turned_in_two_steps_where_the_kernel_is_wrong(here, monkeypatch
     both = [run(inputs, grad, impl="triton", precision="fp8")]
     turn = triton_transpose.transpose_rows
 
-    def wrong(x, *args, **named):
-        out, scale = turn(x, *args, **named)
+    def wrong(x, *args):
+        out, scale = turn(x, *args)
         return (out.float().flip(1).to(out.dtype), scale) if x.dtype == out.dtype else (out, scale)
 
     monkeypatch.setattr(triton_transpose, "transpose_rows", wrong)

@@ -139,7 +139,8 @@ class Summary:
             if phase != "step" and self.elapsed and seconds / self.elapsed >= 0.0005
         ]
         lost = [f"{count} {cause} ({seconds:.0f} s)" for cause, (count, seconds) in self.causes().items()]
-        after = f"; {len(self.interruptions)} interruptions: {', '.join(lost)}" if lost else ""
+        count = len(self.interruptions)
+        after = f"; {count} interruption{'s' if count > 1 else ''}: {', '.join(lost)}" if lost else ""
         return (
             f"effective training time {100 * self.effective:.1f}% of {self.elapsed:.1f} s"
             f"{' (' + ', '.join(parts) + ')' if parts else ''}{after}"

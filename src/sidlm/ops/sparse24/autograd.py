@@ -48,12 +48,11 @@ def _none(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
-def _flat(kept: Kept, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    act, *others = kept
-    values, metadata, scale, counts, y1, up, down = (
-        _none(like) if x is None else x for x in (*(act or (None, None, None)), *others)
-    )
-    return values, metadata, scale, counts, y1, up, down
+def _flat(kept: Kept, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    values, metadata, scale = kept.act or (None, None, None)
+    found = (values, metadata, scale, kept.counts, kept.y1)
+    values, metadata, scale, counts, y1 = (_none(like) if x is None else x for x in found)
+    return values, metadata, scale, counts, y1
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -66,16 +65,16 @@ def _like_rows(rows: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(rows.contiguous(), (*x.shape[:-1], rows.shape[1]))
 
 
-def _nested(values: Tensor, metadata: Tensor, scale: Tensor, *others: Tensor) -> Kept:
+def _nested(values: Tensor, metadata: Tensor, scale: Tensor, counts: Tensor, y1: Tensor) -> Kept:
     act = Packed(values, metadata, scale if scale.numel() else None) if values.numel() else None
-    return Kept(act, *(x if x.numel() else None for x in others))
+    return Kept(act, counts if counts.numel() else None, y1 if y1.numel() else None)
 
 
 @torch.library.custom_op("sidlm::squared_relu_ffn", mutates_args=())
 def _ffn(
     x: Tensor, w_up: Tensor, w_down: Tensor, enabled: Tensor | None, stats: Tensor | None, keep: bool, measure: bool,
     impl: str, form: str, sparse: bool, fp8: bool, dense_features: float, permute_tokens: bool, reuse_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out (..., d_out); statistics of the forward pass, if measured; what is kept. The gradient alone uses stats."""
     recipe = Recipe(sparse, fp8, dense_features, permute_tokens, reuse_mask)
     if keep:
@@ -95,9 +94,6 @@ def _empty(x, w_up, w_down, enabled, stats, keep, measure, impl, form, *recipe):
         kept = Kept(*unwritten_act(_steps(impl), _rows(x), w_up, recipe))
     if keep and keeps_y1(recipe):
         kept = kept._replace(y1=x.new_empty(x.shape[:-1].numel(), len(w_up)))
-    if keep and recipe.fp8:
-        tops = (x.new_empty(w.shape[1], dtype=torch.int32) for w in (w_up, w_down))
-        kept = kept._replace(**dict(zip(("up_tops", "down_tops"), tops, strict=True)))
     shares = x.new_full((5,), torch.nan, dtype=torch.float32) if measure else _none(x)
     return x.new_empty(*x.shape[:-1], len(w_down)), shares, *_flat(kept, x)
 
@@ -105,15 +101,15 @@ def _empty(x, w_up, w_down, enabled, stats, keep, measure, impl, form, *recipe):
 @torch.library.custom_op("sidlm::squared_relu_ffn_backward", mutates_args=())
 def _ffn_backward(
     g: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, values: Tensor, metadata: Tensor, scale: Tensor, counts: Tensor,
-    y1: Tensor, up_tops: Tensor, down_tops: Tensor, enabled: Tensor | None, impl: str, form: str, sparse: bool,
-    fp8: bool, dense_features: float, permute_tokens: bool, reuse_mask: bool,
+    y1: Tensor, enabled: Tensor | None, impl: str, form: str, sparse: bool, fp8: bool, dense_features: float,
+    permute_tokens: bool, reuse_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w_up, w_down, and the statistics of the backward pass, float32 (2,)."""
     if not x.numel():
         return _zeros(g, x, w_up, w_down)
     recipe = Recipe(sparse, fp8, dense_features, permute_tokens, reuse_mask)
     _check_form(form, impl, x, recipe)
-    kept = _nested(values, metadata, scale, counts, y1, up_tops, down_tops)
+    kept = _nested(values, metadata, scale, counts, y1)
     with torch.autocast(x.device.type, enabled=False):
         on = _sparse_now(recipe, enabled)
         dx, dw_up, dw_down, dropped = backward(_steps(impl), _rows(g), _rows(x), w_up, w_down, kept, on, recipe)

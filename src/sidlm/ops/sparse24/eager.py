@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sidlm.ops.sparse24.packed import Packed, pack, positions, unpack
-from sidlm.ops.sparse24.quantize import FP8, power_of_two_scale, quantize_rows
+from sidlm.ops.sparse24.quantize import quantize_rows
 from sidlm.ops.sparse24.select import select_2to4
 from sidlm.ops.sparse24.steps import Left, Operand, Steps
 
@@ -82,15 +82,6 @@ def transpose_rows(x: Tensor, perm: Tensor, length: int, fp8: bool) -> tuple[Ten
     return _operand(F.pad(x[perm].T, (0, length - len(perm))), fp8)
 
 
-def rows_and_tops(w: Tensor) -> tuple[Operand, Tensor]:
-    return quantize_rows(w), w.float().abs().amax(0).view(torch.int32)
-
-
-def turned(w: Tensor, tops: Tensor) -> Operand:
-    scale = power_of_two_scale(tops.view(torch.float32))
-    return (w.T.float() / scale[:, None]).to(FP8), scale
-
-
 def products_into(into: Tensor, parts: list[tuple[Tensor, Packed | Operand]], b: Operand, fp8: bool) -> None:
     for rows, left in parts:
         product = sparse_matmul(left, b, fp8) if isinstance(left, Packed) else dense_matmul(left, b, fp8)
@@ -105,8 +96,6 @@ STEPS = Steps(
     transpose_pack=transpose_pack,
     transpose_dense=transpose_dense,
     transpose_rows=transpose_rows,
-    rows_and_tops=rows_and_tops,
-    turned=turned,
     products_into=products_into,
 )
 

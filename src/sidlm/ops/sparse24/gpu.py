@@ -38,7 +38,7 @@ from sidlm.ops.sparse24.products import Product, dense_product, dense_values
 from sidlm.ops.sparse24.quantize import FP8
 from sidlm.ops.sparse24.recipe import Split, token_order
 from sidlm.ops.sparse24.steps import Operand, Steps
-from sidlm.ops.sparse24.triton_quantize import quantize_rows, quantize_rows_and_tops
+from sidlm.ops.sparse24.triton_quantize import quantize_rows
 from sidlm.ops.sparse24.triton_relayout import relayout, restored
 from sidlm.ops.sparse24.triton_rescale import place, rescaled
 
@@ -212,16 +212,12 @@ def _operand(x: Operand, fp8: bool) -> tuple[Tensor, Tensor | None]:
         return x, None
     if x.stride(-1) == 1:
         return quantize_rows(x)
-    order = token_order(x.shape[1], x.device, False)
-    return triton_transpose.transpose_rows(x.T, order, x.shape[1], True)
+    columns = torch.arange(x.shape[1], device=x.device)
+    return triton_transpose.transpose_rows(x.T, columns, x.shape[1], True)
 
 
 def dense_matmul(a: Operand, b: Operand, fp8: bool) -> Tensor:
     return dense_product(*_operand(a, fp8), *_operand(b, fp8))
-
-
-def turned(w: Tensor, tops: Tensor) -> Operand:
-    return triton_transpose.transpose_rows(w, token_order(len(w), w.device, False), len(w), True, bits=tops)
 
 
 def _product(left: Laid | Whole, b: Operand, fp8: bool) -> Product:
@@ -384,8 +380,6 @@ STEPS = Steps(
     transpose_pack=transpose_pack,  # pyright: ignore
     transpose_dense=transpose_dense,  # pyright: ignore
     transpose_rows=triton_transpose.transpose_rows,
-    rows_and_tops=quantize_rows_and_tops,
-    turned=turned,
     token_multiple=TOKENS,
     empty_packed=empty_packed,
     form=form,

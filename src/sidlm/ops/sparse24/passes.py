@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.recipe import Recipe, Split, threshold, token_order
-from sidlm.ops.sparse24.steps import Left, Operand, Steps
+from sidlm.ops.sparse24.steps import Left, Steps
 
 
 class Kept(NamedTuple):
@@ -22,9 +22,6 @@ class Kept(NamedTuple):
     """int32 (F,): tokens at which a feature is active"""
     y1: Tensor | None = None
     """(T, F) in dtype: only without sparsity, or with reuse_mask=False"""
-    up_tops: Tensor | None = None
-    down_tops: Tensor | None = None
-    """In fp8 what `Steps.rows_and_tops` found in w_up and w_down: a pass over each less for their transposes"""
 
 
 def keeps_y1(recipe: Recipe) -> bool:
@@ -51,14 +48,12 @@ def forward(
             act, counts = found
             out = steps.sparse_matmul(act, w_down, recipe.fp8)
             return out, Kept(act, counts) if keep else Kept(), shares
-    up, up_tops = _rows(steps, w_up, keep and recipe.fp8)
-    y1 = steps.dense_matmul(x, up, recipe.fp8)  # (T, F)
-    down, down_tops = _rows(steps, w_down, keep and recipe.fp8)
-    kept = Kept(y1=y1 if keep and keeps_y1(recipe) else None, up_tops=up_tops, down_tops=down_tops)
+    y1 = steps.dense_matmul(x, w_up, recipe.fp8)  # (T, F)
+    kept = Kept(y1=y1 if keep and keeps_y1(recipe) else None)
     if on:
         act, counts, totals = steps.pack_activation(y1, recipe.fp8, keep, measure)
         del y1
-        out = steps.sparse_matmul(act, down, recipe.fp8)
+        out = steps.sparse_matmul(act, w_down, recipe.fp8)
         least = threshold(counts, recipe.dense_features) if measure else None
         if least is not None:
             shares[4] = least / len(x)
@@ -67,7 +62,7 @@ def forward(
         totals = (y1 > 0).sum().expand(2) if measure else None
         # in half precision, too, each of the two rounds once, like their float32 form
         y2 = (y1.relu_() if kept.y1 is None else y1.relu()).square_()
-        out = steps.dense_matmul(y2, down, recipe.fp8)
+        out = steps.dense_matmul(y2, w_down, recipe.fp8)
         if keep and recipe.sparse:
             act, counts = unwritten_act(steps, x, w_up, recipe)
             kept = kept._replace(act=act, counts=counts)
@@ -87,13 +82,11 @@ def backward(
     if on and recipe.reuse_mask:
         assert kept.act is not None
         act = steps.opened(kept.act)
-        dy2 = steps.dense_matmul(g, _turned(steps, w_down, kept.down_tops), fp8)
-        dact = steps.pack_gradient(dy2, act, fp8)
-        del dy2
-        dx = steps.sparse_matmul(dact, _turned(steps, w_up, kept.up_tops), fp8)
+        dact = steps.pack_gradient(steps.dense_matmul(g, w_down.T, fp8), act, fp8)
+        dx = steps.sparse_matmul(dact, w_up.T, fp8)
     else:
-        act, dact = _dense_gradients(steps, g, x, w_up, _turned(steps, w_down, kept.down_tops), kept.y1, fp8)
-        dx = steps.dense_matmul(dact, _turned(steps, w_up, kept.up_tops), fp8)
+        act, dact = _dense_gradients(steps, g, x, w_up, w_down, kept.y1, fp8)
+        dx = steps.dense_matmul(dact, w_up.T, fp8)
     if not on:
         dw_up, dw_down = steps.dense_matmul(dact.T, x.T, fp8), steps.dense_matmul(g.T, act.T, fp8)
         return dx, dw_up, dw_down, x.new_zeros(2, dtype=torch.float32)
@@ -108,23 +101,13 @@ def backward(
     return dx, dw_up, dw_down, _dropped(torch.stack((of_act, of_dact), 1))
 
 
-def _rows(steps: Steps, w: Tensor, fp8: bool) -> tuple[Operand, Tensor | None]:
-    """w (N, K) as an operand; and of its columns what its transpose will need, if fp8."""
-    return steps.rows_and_tops(w) if fp8 else (w, None)
-
-
-def _turned(steps: Steps, w: Tensor, tops: Tensor | None) -> Operand:
-    """w.T as an operand."""
-    return w.T if tops is None else steps.turned(w, tops)
-
-
 def _dense_gradients(
-    steps: Steps, g: Tensor, x: Tensor, w_up: Tensor, down_turned: Operand, y1: Tensor | None, fp8: bool
+    steps: Steps, g: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, y1: Tensor | None, fp8: bool
 ) -> tuple[Tensor, Tensor]:
     """relu(y1)^2 and the gradient of y1, each (T, F) in dtype; y1 is computed again if it is None."""
     r = steps.dense_matmul(x, w_up, fp8).relu_() if y1 is None else y1.relu()
     act = r.square()
-    return act, steps.dense_matmul(g, down_turned, fp8).mul_(r.mul_(2))
+    return act, steps.dense_matmul(g, w_down.T, fp8).mul_(r.mul_(2))
 
 
 def _weight_gradient(

@@ -58,10 +58,6 @@ class Steps(NamedTuple):
     """(p (T, F), features (n,), perm (T,), length, fp8) -> the same with all non-zeros (n, T'), scale (n,) or None"""
     transpose_rows: Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor | None]]
     """(x (T, d), perm (T,), length, fp8) -> x[perm].T with zeros up to length (d, T'), and scale (d,) or None"""
-    rows_and_tops: Callable[[Tensor], tuple[Operand, Tensor]]
-    """(w (M, K)) -> w as an operand in e4m3, and bits of the largest magnitude of each column: float32 as int32 (K,)"""
-    turned: Callable[[Tensor, Tensor], Operand]
-    """(w (M, K), what `rows_and_tops` found in its columns) -> w.T as an operand in e4m3"""
     products_into: Callable[[Tensor, list[tuple[Tensor, Any]], Operand, bool], None]
     """(into (F, n) with any strides, [(rows int64 (m,), left), ..], b (n, K), fp8) -> into[rows] = left @ b.T for each
     part, where left is a Packed (m, K) or an operand (m, K); together the parts have each row of into once"""

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sidlm.ops.simplicial.prepare import Launch, target
-from sidlm.ops.sparse24 import triton_turn, triton_turn_rows
+from sidlm.ops.sparse24 import triton_turn
 from sidlm.ops.sparse24.packed import Packed
 from sidlm.ops.sparse24.quantize import FP8
 from sidlm.ops.sparse24.triton_features import largest_of_columns, largest_of_features
@@ -317,17 +317,12 @@ def transpose_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """x[perm].T with zeros up to length (d, length), for x (T, d); in fp8 with a scale for each of its rows.
 
-    bits (d,) are those of the largest magnitudes of its columns, scaled if x is e4m3 with a scale (T,): then they are
-    needed, else looked for.
+    x may be e4m3 with a scale (T,), and then bits (d,) are those of the largest magnitudes of its scaled columns.
     """
     _check_length(length, len(perm), 1)
     x, d = x.contiguous(), x.shape[1]
     out, scale = x.new_empty(d, length, dtype=FP8 if fp8 else x.dtype), _scale(d, x, fp8)
     if out.numel():
         bits = largest_of_columns(x) if fp8 and bits is None else bits
-        if fp8 and x_scale is None and length % 4 == 0:
-            assert bits is not None and scale is not None
-            triton_turn_rows.plan(x, perm, bits, out, scale).run()
-        else:
-            plan_rows(x, x_scale, perm, bits, out, scale).run()
+        plan_rows(x, x_scale, perm, bits, out, scale).run()
     return out, scale
