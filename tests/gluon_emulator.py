@@ -304,6 +304,7 @@ class gl:
     BlockedLayout = SliceLayout = DotOperandLayout = SwizzledSharedLayout = NVMMADistributedLayout = staticmethod(
         lambda *args, **kwargs: None
     )
+    DistributedLinearLayout = BlockedLayout
 
     @staticmethod
     def program_id(axis):

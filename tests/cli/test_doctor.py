@@ -113,7 +113,7 @@ def test_the_check_of_hopper_is_of_its_own_kernels(monkeypatch):
 
 
 def test_unknown_device(fails):
-    assert "--device nonsense" in fails("doctor", "--device", "nonsense")
+    assert "--device 'nonsense'" in fails("doctor", "--device", "nonsense")
 
 
 def test_what_sid_impl_names_is_shown_or_refused(sid, fails, monkeypatch):

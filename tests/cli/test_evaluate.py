@@ -171,4 +171,4 @@ def test_other_mistakes(fails, demo_run, copy, text, tmp_path):
     assert "no such task file" in fails("evaluate", demo_run, "--tasks", tmp_path / "no.jsonl")
     shutil.copytree(copy / "model", tmp_path / "alone")
     assert fails("evaluate", tmp_path / "alone").startswith("nothing to evaluate")
-    assert "--device nonsense" in fails("evaluate", demo_run, "--data", text, "--device", "nonsense")
+    assert "--device 'nonsense'" in fails("evaluate", demo_run, "--data", text, "--device", "nonsense")

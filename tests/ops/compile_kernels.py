@@ -31,6 +31,9 @@ from sidlm.ops.simplicial import (
     hopper_backward_keys,
     hopper_backward_queries,
     hopper_forward,
+    hopper_narrow,
+    hopper_narrow_keys,
+    hopper_narrow_queries,
     permute,
     prepare,
     triton_backward,
@@ -95,6 +98,13 @@ def training(case: Case) -> Launches:
     shares = hopper_backward_keys.cut(p)
     sums = hopper_backward_keys.partial_sums(p, shares)
     yield "hopper_keys", hopper_backward_keys.plan(p, shares, scale, grad, lse, delta, last, sums)
+    if hopper_narrow.takes(p):
+        shares, sums = hopper_narrow_queries.cut(p), hopper_narrow_queries.partial_sums(p)
+        launch = hopper_narrow_queries.plan(p, shares, scale, grad, lse, delta, reach, dqs, sums)
+        yield "hopper_narrow_queries", launch
+        cut = hopper_narrow_keys.cut(p)
+        sums = hopper_narrow_keys.partial_sums(p, cut, case.docs)
+        yield "hopper_narrow_keys", hopper_narrow_keys.plan(p, cut, scale, grad, lse, delta, reach, sums)
 
 
 def decoding(case: Case) -> Launches:

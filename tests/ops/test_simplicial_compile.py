@@ -19,12 +19,14 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 SPILLS = {
     "forward": 40, "delta": 0, "copies": 0, "queries": 64, "keys": 1000, "decode": 80, "merge": 0,
     "hopper_forward": 320, "hopper_queries": 200, "hopper_keys": 400, "hopper_keys determinant": 520,
+    "hopper_narrow_queries": 760, "hopper_narrow_keys": 80,
 }  # fmt: skip
 # Addresses and bounds of the window that are read back, never part of a tile. The key gradients form virtual queries in
 # their loop, beside four accumulators: there it is a dozen or two of some 400 instructions, of 700 for the determinant,
 # which forms them in float32. What the Gluon kernels do once a tile, inside of that loop, is left out
 SPILLS_IN_LOOPS = {
     "keys": 16, "hopper_forward": 0, "hopper_queries": 4, "hopper_keys": 16, "hopper_keys determinant": 24, "decode": 0,
+    "hopper_narrow_queries": 16, "hopper_narrow_keys": 12,
 }  # fmt: skip
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 
@@ -49,6 +51,7 @@ def compiled(tmp_path_factory):
 
 TRAINING, DECODING = ("forward", "queries", "keys"), ("decode", "merge")
 GLUON = ("hopper_forward", "hopper_queries", "hopper_keys")
+NARROW = ("hopper_narrow_queries", "hopper_narrow_keys")
 
 
 def check(rows, kernels=TRAINING):
@@ -63,7 +66,7 @@ def check(rows, kernels=TRAINING):
         if kernel in ("delta", "copies", "merge"):
             continue
         assert row.get(MATRIX[arch], 0) > 0, row
-        if kernel in GLUON:
+        if kernel in (*GLUON, *NARROW):
             assert row["loops"] == 2, row  # one for each warpgroup
         elif arch.startswith("sm_"):
             assert row["loops"] > 0, row
@@ -78,9 +81,8 @@ def test_hopper(compiled):
 
 def test_everything_one(compiled):
     """Arguments that are 1 become constants of the kernel."""
-    assert (
-        len(compiled("sm_90", "--steps", "1", "--heads", "1", "1", "--window", "1", "1", "--form", "determinant")) == 3
-    )
+    ones = ("--steps", "1", "--heads", "1", "1", "--window", "1", "1", "--form", "determinant")
+    assert len(compiled("sm_90", *ones, "--kernel", *TRAINING, *NARROW)) == 5
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
@@ -96,14 +98,18 @@ def test_documents(compiled):
 def test_gluon_and_decoding(compiled):
     """One tile of one query and of several, heads in one group and in eight, both forms, with documents and without."""
     kernel = ("--kernel", *GLUON)
+    narrow = ("--kernel", *NARROW)
     rows = compiled(
         *("sm_90", "--form", "trilinear", "--heads", "64", "1", "--bias", "0", "1", *kernel, "--"),
         *("sm_90", "--form", "trilinear", "--heads", "32", "8", "--docs", *kernel, "--"),
         *("sm_90", "--form", "determinant", "--heads", "64", "1", "--docs", *kernel, "--"),
         *("sm_90", "--form", "trilinear", "--heads", "32", "8", "--window", "512", "16", "--dim", "64", *kernel, "--"),
         *("sm_90", "--form", "determinant", "--heads", "32", "8", "--dim", "64", "128", *kernel, "--"),
+        *("sm_90", "--form", "trilinear", "--heads", "32", "8", "--docs", *narrow, "--"),
+        *("sm_90", "--form", "determinant", "--heads", "32", "8", *narrow, "--"),
+        *("sm_90", "--form", "trilinear", "--heads", "5", "5", "--dim", "64", "128", *narrow, "--"),
         *("sm_90", "--form", "trilinear", "--kernel", *DECODING, "--"),
         *("sm_90", "--form", "determinant", "--docs", "--kernel", *DECODING),
     )
-    assert len(rows) == 22
-    check(rows, (*GLUON, *DECODING))
+    assert len(rows) == 30
+    check(rows, (*GLUON, *NARROW, *DECODING))

@@ -34,6 +34,10 @@ GEOMETRIES = [
     (1, 200, 48, 1, 128, (100, 20), None, None, 2),
     (1, 3, 16, 1, 128, (1, 1), None, None, 0),
     (1, 90, 16, 1, 64, (64, 64), None, None, 2),
+    # groups of few heads without documents, tiles of one query and of several
+    (2, 300, 8, 2, 128, (200, 32), None, None, 0),
+    (1, 203, 3, 3, 128, (100, 31), None, None, 0),
+    (1, 333, 7, 1, 64, (150, 31), None, None, 0),
 ]
 
 

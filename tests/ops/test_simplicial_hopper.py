@@ -29,8 +29,30 @@ GEOMETRIES = [
     (1, 40, 16, 1, 128, (40, 16), None, None, 2),
     (1, 75, 8, 1, 64, (70, 20), None, None, 2),
     (1, 27, 3, 1, 64, (5, 18), None, None, 0),
+    # narrow groups over several programs, whose shares of the second keys meet
+    (1, 70, 3, 3, 64, (40, 32), None, None, 0),
+    (2, 67, 4, 1, 128, (150, 31), 130, 90, 2),
 ]
 FORMS = ("trilinear", "determinant")
+
+
+def kernels():
+    """Module and name of every Gluon kernel."""
+    from sidlm.ops.simplicial import (
+        hopper_backward_keys,
+        hopper_backward_queries,
+        hopper_forward,
+        hopper_narrow_keys,
+        hopper_narrow_queries,
+    )
+
+    return {
+        hopper_forward: "forward_kernel",
+        hopper_backward_queries: "backward_queries_kernel",
+        hopper_backward_keys: "backward_keys_kernel",
+        hopper_narrow_queries: "narrow_queries_kernel",
+        hopper_narrow_keys: "narrow_keys_kernel",
+    }
 
 
 @pytest.fixture
@@ -40,21 +62,9 @@ def emulated(monkeypatch):
     Memory is NaN until it is written.
     """
     from gluon_emulator import Emulated
-    from sidlm.ops.simplicial import (
-        hopper,
-        hopper_backward_keys,
-        hopper_backward_queries,
-        hopper_forward,
-        hopper_wide,
-        prepare,
-    )
+    from sidlm.ops.simplicial import hopper, hopper_wide, prepare
 
-    kernels = {
-        hopper_forward: "forward_kernel",
-        hopper_backward_queries: "backward_queries_kernel",
-        hopper_backward_keys: "backward_keys_kernel",
-    }
-    for module, name in kernels.items():
+    for module, name in kernels().items():
         monkeypatch.setattr(module, name, Emulated(getattr(module, name)))
         monkeypatch.setattr(module, "processors", lambda device: 3)
     monkeypatch.setattr(hopper_wide, "takes", lambda p: False)  # CUDA C++ is not emulated
@@ -122,11 +132,8 @@ def test_same_bits_whatever_the_timing(emulated, form):
     settings = (*GEOMETRIES[2][5], form, 0.125, 0.0, 1.0, ids)
     first = run(emulated, xs, grads, settings)
     for seed in (1, 2):
-        from sidlm.ops.simplicial import hopper_backward_keys, hopper_backward_queries, hopper_forward
-
-        hopper_forward.forward_kernel.seed = seed
-        hopper_backward_queries.backward_queries_kernel.seed = seed
-        hopper_backward_keys.backward_keys_kernel.seed = seed
+        for module, name in kernels().items():
+            getattr(module, name).seed = seed
         for a, b in zip(first, run(emulated, xs, grads, settings), strict=True):
             assert torch.equal(a, b)
 

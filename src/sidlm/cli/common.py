@@ -69,10 +69,7 @@ def resolve_device(name: str) -> torch.device:
     """The torch device of ``--device``. Raises SidError for one that torch cannot use here."""
     from sidlm.train import hardware
 
-    try:
-        return hardware.resolve_device(name)
-    except SidError as error:
-        raise SidError(f"--device {name}: {error}") from error
+    return hardware.resolve_device(name, "--device ")
 
 
 def model_folder(path: str | Path) -> Path:

@@ -51,15 +51,18 @@ class Peak:
     source: str
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device; "auto" is CUDA where there is one, else the CPU. Raises SidError for one torch cannot use here."""
+def resolve_device(name: str, setting: str = "train.device=") -> torch.device:
+    """The device; "auto" is CUDA where there is one, else the CPU.
+
+    Raises SidError for one that torch cannot use here; setting: what the user gave the name with.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SidError(f"train.device={name!r} is not usable here: {str(error).splitlines()[0]}") from error
+        raise SidError(f"{setting}{name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -1,7 +1,8 @@
 """2-simplicial attention on Hopper: kernels for it where they can run, the portable ones for the rest.
 
 They take head dimensions 64 and 128 and a shorter window of at most 64, both forms. Those of hopper_wide.py, in CUDA
-C++, take what goes over virtual queries in groups of 16, 32, ... heads; the others are written in Gluon.
+C++, take what goes over virtual queries in groups of 16, 32, ... heads; the others are written in Gluon. The backward
+pass of groups of fewer heads is that of hopper_narrow*.py, where the shorter window is at most 32.
 """
 
 import torch
@@ -11,6 +12,9 @@ from sidlm.ops.simplicial import (
     hopper_backward_keys,
     hopper_backward_queries,
     hopper_forward,
+    hopper_narrow,
+    hopper_narrow_keys,
+    hopper_narrow_queries,
     hopper_tiles,
     hopper_wide,
     portable,
@@ -64,6 +68,10 @@ def backward(
     delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
     portable.plan_delta(grad_out, grad_lse, out, delta).run()
     reach = prepare.reach(doc_ids, q.shape[1])
+    if hopper_narrow.takes(p):
+        dq, dk2, dv2 = hopper_narrow_queries.launch(p, scale, grad_out, lse, delta, reach, dtype)
+        dk, dv = hopper_narrow_keys.launch(p, scale, grad_out, lse, delta, reach)
+        return _in_order(p, dq, [dk, dv, dk2, dv2], dtype)
     if hopper_wide.takes(p) and not p.determinant:
         dq = hopper_wide.backward(p, scale, grad_out, lse, delta, reach, dtype)
     else:
@@ -74,5 +82,12 @@ def backward(
         first, last = (x[:, -p.k2.shape[1] :] for x in prepare.extents(doc_ids, q.shape[1]))
         last = torch.stack((last, first))
     grads = hopper_backward_keys.launch(p, scale, grad_out, lse, delta, last)
-    dk, dv, dk2, dv2 = (x.to(dtype or q.dtype, memory_format=torch.contiguous_format) for x in grads)
+    return _in_order(p, dq, grads, dtype)
+
+
+def _in_order(
+    p: prepare.Problem, dq: Tensor, grads: list[Tensor], dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients as the inputs came; grads: of the first axis' keys and values, then of the second's."""
+    dk, dv, dk2, dv2 = (x.to(dtype or p.q.dtype, memory_format=torch.contiguous_format) for x in grads)
     return (dq, dk2, dv2, dk, dv) if p.swapped else (dq, dk, dv, dk2, dv2)

@@ -28,12 +28,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sidlm.ops.simplicial.hopper_keys_walk import job, next_pass, rows_of, skip_tile, stream_rows
 from sidlm.ops.simplicial.hopper_tiles import (
     descriptor,
     processors,
@@ -43,85 +43,6 @@ from sidlm.ops.simplicial.hopper_tiles import (
 )
 from sidlm.ops.simplicial.prepare import LOG2E, Launch, Problem, next_power
 from sidlm.ops.simplicial.triton_backward_keys import difference
-
-
-@gluon.jit
-@no_type_check
-def _job(S1, S2, w1, w2, MC, slots):
-    """This program's first key j (row of k), and its range of m (rows of k2)."""
-    block = gl.program_id(0) // slots
-    j = block * 64
-    shift = S2 - S1
-    first = gl.maximum(j + shift - w2 + 1, 0)
-    end = gl.minimum(j + shift + 64 + w1 - 1, S2)
-    chunk = first // MC + gl.program_id(0) % slots
-    return j, gl.maximum(first, chunk * MC), gl.minimum(end, chunk * MC + MC)
-
-
-@gluon.jit
-@no_type_check
-def _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS: gl.constexpr):
-    """First and last query that sees the second key m and one of the 64 keys from j on."""
-    t = m - (S2 - T)
-    j -= S1 - T
-    lo = gl.maximum(gl.maximum(t, j), 0)
-    hi = gl.minimum(gl.minimum(t + w2 - 1, j + 63 + w1 - 1), T - 1)
-    if m >= S2:
-        hi = lo - 1
-    elif HAS_DOCS:
-        hi = gl.minimum(hi, gl.load(last_ptr + b * S2 + m))
-    return lo, hi
-
-
-@gluon.jit
-@no_type_check
-def _pass(m, end, j, last_ptr, b, T, S1, S2, w1, w2, R: gl.constexpr, HAS_DOCS: gl.constexpr):
-    """What one pass of the loop takes: 1 or 2 positions m, their queries, the first row and the number of tiles.
-
-    Positions of two documents never share a pass. Rows start at a multiple of four, as copies of the LSE must.
-    """
-    lo, hi = _rows(m, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
-    count = 2
-    if m + 1 >= end:
-        count = 1
-    if HAS_DOCS and gl.load(last_ptr + b * S2 + m) <= m - (S2 - T):
-        count = 1
-    if count == 2:
-        lo2, hi2 = _rows(m + 1, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
-        if lo > hi:
-            lo = lo2
-        hi = gl.maximum(hi, hi2)
-    row = lo * R // 4 * 4
-    return count, lo, hi, row, gl.cdiv(gl.maximum((hi + 1) * R - row, 0), 64)
-
-
-@gluon.jit
-@no_type_check
-def _producer(
-    q_desc, qb_desc, do_desc, lse_desc, delta_desc, q_smem, qb_smem, do_smem, lse_smem, delta_smem, full, empty,
-    last_ptr, T, S1, S2, w1, w2, MC, slots, pitch,
-    R: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, DETERMINANT: gl.constexpr, HAS_DOCS: gl.constexpr,
-):  # fmt: skip
-    TILES: gl.constexpr = 3 if DETERMINANT else 2
-    j, m, end = _job(S1, S2, w1, w2, MC, slots)
-    bg = gl.program_id(1)
-    step = 0
-    while m < end:
-        count, _lo, _hi, row, tiles = _pass(m, end, j, last_ptr, bg // G, T, S1, S2, w1, w2, R, HAS_DOCS)
-        for n in range(tiles):
-            slot = step % STAGES
-            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-            bar = full.index(slot)
-            mbarrier.expect(bar, TILES * q_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes)
-            at = bg * pitch + row + n * 64
-            tma.async_copy_global_to_shared(q_desc, [at, 0], bar, q_smem.index(slot))
-            if DETERMINANT:
-                tma.async_copy_global_to_shared(qb_desc, [at, 0], bar, qb_smem.index(slot))
-            tma.async_copy_global_to_shared(lse_desc, [at], bar, lse_smem.index(slot))
-            tma.async_copy_global_to_shared(delta_desc, [at], bar, delta_smem.index(slot))
-            tma.async_copy_global_to_shared(do_desc, [at, 0], bar, do_smem.index(slot))
-            step += 1
-        m += count
 
 
 @gluon.jit
@@ -152,13 +73,6 @@ def _clear_outside(tile, row, lo, hi, D: gl.constexpr):
     rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     values = tile.load(layout)
     tile.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
-
-
-@gluon.jit
-@no_type_check
-def _skip(full, empty, step, STAGES: gl.constexpr):
-    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
-    mbarrier.arrive(empty.index(step % STAGES), count=1)
 
 
 @gluon.jit
@@ -214,7 +128,7 @@ def _consumer(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     bg = gl.program_id(1)
     b = bg // G
-    j, m, end = _job(S1, S2, w1, w2, MC, slots)
+    j, m, end = job(S1, S2, w1, w2, MC, slots)
     u = pair_smem.index(2 * WG)
     nu = pair_smem.index(2 * WG + 1)
     scratch = u._reinterpret(gl.float32, [32, D], plain).slice(0, 4, dim=0)
@@ -232,8 +146,8 @@ def _consumer(
     while m < end:
         mine = m + WG
         t = mine - (S2 - T)
-        count, all_lo, all_hi, row, tiles = _pass(m, end, j, last_ptr, b, T, S1, S2, w1, w2, R, HAS_DOCS)
-        lo, hi = _rows(mine, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
+        count, all_lo, all_hi, row, tiles = next_pass(m, end, j, last_ptr, b, T, S1, S2, w1, w2, R, HAS_DOCS)
+        lo, hi = rows_of(mine, j, last_ptr, b, T, S1, S2, w1, w2, HAS_DOCS)
         if count <= WG:
             hi = lo - 1
         at = ((b * S2).to(gl.int64) + gl.minimum(mine, S2 - 1)) * (G * D) + (bg % G) * D
@@ -256,7 +170,7 @@ def _consumer(
             if j - (S1 - T) < begin:
                 whole_to = 0
         for _ in range(mine_from):
-            _skip(full, empty, step, STAGES)
+            skip_tile(full, empty, step, STAGES)
             step += 1
         d_kappa = gl.zeros([64, D], gl.float32, o_layout)
         d_nu = gl.zeros([64, D], gl.float32, o_layout)
@@ -294,7 +208,7 @@ def _consumer(
             mbarrier.arrive(empty.index(slot), count=1)
             step += 1
         for _ in range(mine_to, tiles):
-            _skip(full, empty, step, STAGES)
+            skip_tile(full, empty, step, STAGES)
             step += 1
         # one warpgroup at a time adds to the shared sums, always in the same order
         mbarrier.wait(turns.index(1 - WG), (turn & 1) ^ (1 - WG))
@@ -382,7 +296,7 @@ def backward_keys_kernel(
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
-    j, _m, _end = _job(S1, S2, w1, w2, MC, slots)
+    j, _m, _end = job(S1, S2, w1, w2, MC, slots)
     bg = gl.program_id(1)
     keys = j + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
@@ -419,7 +333,7 @@ def backward_keys_kernel(
                 ),
             ),
             (
-                _producer,
+                stream_rows,
                 (
                     q_desc, qb_desc, do_desc, lse_desc, delta_desc,
                     q_smem, qb_smem, do_smem, lse_smem, delta_smem, full, empty, last_ptr,

@@ -188,10 +188,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """TMA descriptor of a matrix x, `rows` by `columns` at a time, laid out as the tensor cores read it."""
-    layout: Any = gl.NVMMASharedLayout.get_default_for([rows, columns], gluon_type(x))
-    return TensorDescriptor.from_tensor(x, [rows, columns], layout)
+def descriptor(x: Tensor, *box: int) -> TensorDescriptor:
+    """TMA descriptor of x, a box of rows and columns at a time, laid out as the tensor cores read it."""
+    layout: Any = gl.NVMMASharedLayout.get_default_for(list(box), gluon_type(x))
+    return TensorDescriptor.from_tensor(x, list(box), layout)
 
 
 def tile_arguments(

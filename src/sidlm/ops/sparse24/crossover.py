@@ -34,8 +34,8 @@ TABLE: tuple[Crossover, ...] = (
 
 ASSUMED, ASSUMED_STEP = 8192, 16384
 """tokens forward and for a step, where nothing was measured. Of narrower layers there is one size, 8192 tokens with
-F 8192 and d 2048 (benchmarks/results/sparse24_h200_layers_second.json): packing was a fifth faster forward, as a step 3%
-faster in bfloat16 and 9% slower in e4m3."""
+F 8192 and d 2048 (benchmarks/results/sparse24_h200_layers_second.json): packing was a fifth faster forward, as a step
+3% faster in bfloat16 and 9% slower in e4m3."""
 
 
 def nearest(device: str, fp8: bool, features: int) -> Crossover:
