@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 sys.path.append(str(Path(__file__).parents[1] / "parallel"))
 from ranks import run
 
+from sidlm.errors import SidError
 from sidlm.models import SidConfig, SidForCausalLM
 from sidlm.parallel.config import ParallelConfig
 from sidlm.parallel.mesh import build_mesh
@@ -101,8 +102,26 @@ def damaged(place: Path, group: Processes, tensors: dict[str, Tensor], first: di
     return found
 
 
+def failed_export(place: Path, group: Processes, tensors: dict[str, Tensor], problem: str) -> str:
+    """What every process is told of an export that fails on one that is not the first."""
+
+    def write(source: Path, out: Path, share: tuple[int, int]) -> None:
+        (out / f"{share[0]}.safetensors").touch()
+        if share == (2, 4):
+            raise OSError(problem)
+
+    with Saver(place.with_name("failing"), CheckpointConfig(), group, print) as saver:
+        saver.save(tensors, {"step": 1})
+        saver.export(1, place.parent / "model", 1, write)
+        try:
+            saver.finish(last=True)
+        except SidError as error:
+            return str(error)
+    return ""
+
+
 def main(rank: int, folder: Path) -> None:
-    damage = {}
+    damage: dict[str, Any] = {}
     for case, (_, sizes, settings) in CASES.items():
         torch.manual_seed(0)
         config, mesh = config_of(case), build_mesh(ParallelConfig(**sizes), "cpu")
@@ -129,6 +148,8 @@ def main(rank: int, folder: Path) -> None:
         if rank == 0:
             for step, found in kept.items():
                 save_file(found, folder / case / f"whole-{step}.safetensors")
+        if case == "fsdp4":
+            damage["export"] = group.everyone(failed_export(place, group, tensors, "No space left on device"))
         if case in ("fsdp4", "hsdp-2x2"):
             damage[case] = damaged(place, group, tensors, kept[1])
     if rank == 0:

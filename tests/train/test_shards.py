@@ -100,6 +100,14 @@ def test_a_checkpoint_of_a_mesh_is_converted(place, tmp_path, capsys):
     assert not (tmp_path / "torn").exists()
 
 
+def test_an_export_that_fails_on_one_process_leaves_the_former_one(place):
+    """All of them are told, and none waits for it. The tests above read the former export after that."""
+    told = json.loads((place / "damage.json").read_text())["export"]
+    assert len(told) == 4 and len(set(told)) == 1 and told[0].startswith("no disk space for model in ")
+    assert not list((place / "fsdp4").glob(".tmp*"))
+    assert {path.name for path in (place / "fsdp4/model").glob("*.safetensors")} == {"model.safetensors"}
+
+
 @pytest.mark.parametrize("case", ["fsdp4", "hsdp-2x2"])
 def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_used(place, case):
     found = json.loads((place / "damage.json").read_text())[case]
