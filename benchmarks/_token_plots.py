@@ -23,6 +23,7 @@ from _token_compare import (
     pairs_spread,
     slopes,
 )
+from _token_search import FIRST, against, plain
 from _token_statistics import Row, at_equal_flops, differences, mean
 
 matplotlib.use("Agg")
@@ -161,6 +162,7 @@ def plot_ablations(found: list[Ablation], path: Path) -> None:
                               linewidth=1)  # fmt: skip
     labels = [f"{v} ({to['full'].count if to['full'] else 0}, FLOPs x{c:.2f})" for v, to, c in reversed(found)]
     axes.set_yticks(range(len(found)), labels, fontsize=7)
+    axes.set_ylim(-1, len(found))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.plot([], [], "o-", color="C0", label="equal tokens")
     axes.plot([], [], "o-", color="C1", label="equal FLOPs")
@@ -168,6 +170,37 @@ def plot_ablations(found: list[Ablation], path: Path) -> None:
     axes.set_xlabel("validation loss minus full attention, nats per token", fontsize=8)
     finish(axes, "size s: (seeds, FLOPs beside full attention)")
     figure.tight_layout()
+    figure.savefig(path)
+
+
+def plot_tiny(rows: list[Row], path: Path) -> None:
+    """Tiny windows by length and size, at equal FLOPs: against full attention and against sliding attention over 32."""
+    rows = [row for row in plain(rows) if row["seed"] in FIRST]
+    names = ("sliding", "sliding 32", "determinant", "determinant (64,8)", "determinant (32,4)")
+    sizes, bases = ("s", "m", "l"), ("full", "sliding 32")
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6.6), dpi=150, sharey="row")
+    for line, base in zip(panels, bases, strict=True):
+        for axes, size in zip(line, sizes, strict=True):
+            for i, variant in enumerate(names):
+                at = [n for n in lengths(of(rows, size=size, variant=variant)) if n < 8e6]
+                points = [(n, m) for n in at if (m := against(rows, variant, base, size, n)[1]) is not None]
+                if points:
+                    axes.errorbar([n * 1.03 ** (i - 2) for n, _ in points], [m.value for _, m in points],
+                                  [m.half for _, m in points], color=f"C{i}", marker="o", markersize=4, capsize=3,
+                                  linewidth=1.2)  # fmt: skip
+            axes.axhline(0, color="black", linewidth=0.8)
+            axes.set_xscale("log", base=2)
+            ticks = [n for n in lengths(rows) if n < 8e6]
+            axes.set_xticks(ticks, [millions(n) for n in ticks])
+            axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
+            axes.minorticks_off()
+            axes.set_xlabel("tokens")
+            finish(axes, f"size {size}, minus {base} at equal FLOPs")
+        line[0].set_ylabel("nats per token")
+    for i, variant in enumerate(names):
+        panels[0][0].plot([], [], "o-", color=f"C{i}", markersize=4, label=variant)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path)
 
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from _token_compare import millions, of, paired
-from _token_statistics import Mean, Row, at_equal_flops, common_spread, differences
+from _token_compare import millions, of, paired, slopes
+from _token_statistics import (
+    Mean,
+    Row,
+    at_equal_flops,
+    common_spread,
+    differences,
+    mean,
+    slope,
+    tokens_saved,
+)
 
 FIRST, FRESH = (0, 1, 2, 3), (4, 5, 6, 7)
 """Seeds of the search, and those that only what it found, and its controls, were trained with."""
@@ -87,3 +96,56 @@ def chosen_lines(rows: list[Row]) -> list[list[str]]:
 CHOSEN_HEAD = [
     "size", "variant", "FLOPs", "tokens", "seeds", *(x for b in BASES for x in (f"minus {b}", "equal FLOPs")),
 ]  # fmt: skip
+
+
+def saved_lines(rows: list[Row], variant: str, base: str) -> list[list[str]]:
+    """Tokens and FLOPs that a variant needs less for the loss of the base, by size and length, first seeds."""
+    rows, body = [row for row in plain(rows) if row["seed"] in FIRST], []
+    for size in ("s", "m", "l"):
+        steep = slope(rows, size, base)
+        for tokens in sorted({row["tokens"] for row in of(rows, size=size, variant=variant)}):
+            pair = against(rows, variant, base, size, tokens)
+            if steep is not None and all(pair):
+                shares = ["{:+.1%} ({:+.1%} to {:+.1%})".format(*tokens_saved(m, steep)) for m in pair if m]
+                body.append([variant, base, size, millions(tokens), *(str(m) for m in pair), *shares])
+    return body
+
+
+SAVED_HEAD = ["variant", "against", "size", "tokens", "loss", "loss, equal FLOPs", "tokens saved", "FLOPs saved"]
+
+
+def part_lines(rows: list[Row], name: str, field: str, tokens: int) -> list[list[str]]:
+    """Differences by domain or task at m and l, equal tokens, first seeds, mean of the two sizes."""
+    pairs = [("sliding 32", "full"), ("determinant (32,4)", "full"), ("determinant (32,4)", "sliding 32")]
+    here = [row for row in of(plain(rows), tokens=tokens) if row["seed"] in FIRST and row.get(name)]
+    body = []
+    for part in sorted({k for row in here for k in row[name]}):
+        groups = {
+            pair: [differences(of(here, size=s), *pair, lambda r, p=part: r[name][p][field]) for s in ("m", "l")]
+            for pair in pairs
+        }
+        spread = common_spread([g for found in groups.values() for g in found if g])
+        body.append([part, *(str(paired(groups[pair], spread) or "") for pair in pairs)])
+    return body
+
+
+PART_HEAD = ["sliding 32 minus full", "determinant (32,4) minus full", "determinant (32,4) minus sliding 32"]
+
+
+def slope_lines(rows: list[Row], low: int, high: int) -> list[list[str]]:
+    """Local exponents of tokens of tiny windows, and what they differ from full's and from sliding 32's."""
+    rows, body = [row for row in plain(rows) if row["seed"] in FIRST], []
+    for size in ("m", "l"):
+        every = {
+            v: slopes(rows, v, "D", size, low, high, 0) for v in (*BASES, "determinant (64,8)", "determinant (32,4)")
+        }
+        for variant, own in every.items():
+            gaps = [
+                [own[s] - every[b][s] for s in sorted(own.keys() & every[b].keys())] for b in ("full", "sliding 32")
+            ]
+            told = [str(mean(g)) if len(g) > 1 and any(g) else "" for g in gaps]
+            body.append([size, variant, f"{mean(list(own.values())).value:.4f}", *told])
+    return body
+
+
+SLOPE_HEAD = ["size", "variant", "exponent of tokens", "minus full's", "minus sliding 32's"]

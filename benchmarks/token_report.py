@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import _token_plots as plots
+import _token_search as tiny
 from _token_compare import (
     CORE,
     SIZES,
@@ -35,7 +36,6 @@ from _token_compare import (
     slopes,
     standard,
 )
-from _token_search import CHOSEN_HEAD, SEARCH_HEAD, chosen_lines, search_lines
 from _token_statistics import (
     Row,
     at_equal_flops,
@@ -204,7 +204,20 @@ def ablation_table(found: list[Ablation]) -> str:
 def search(rows: list[Row]) -> str:
     """All that was searched, at its longest length."""
     searched = [row["tokens"] for row in rows if row["group"] == "search"]
-    return table(SEARCH_HEAD, search_lines(rows, "s", max(searched)) if searched else [])
+    return table(tiny.SEARCH_HEAD, tiny.search_lines(rows, "s", max(searched)) if searched else [])
+
+
+def tiny_sections(rows: list[Row]) -> list[tuple[str, str]]:
+    """What tiny windows save, their domains, answers and exponents, at the longest length they have at m and l."""
+    found = {row["tokens"] for row in rows if row["group"] == "cheap"}
+    if not found:
+        return []
+    pairs = itertools.product(("determinant (32,4)", "determinant (64,8)", "sliding 32"), ("full", "sliding 32"))
+    saved = [line for v, base in pairs if v != base for line in tiny.saved_lines(rows, v, base)]
+    last, fields = max(found), {"domains": "loss", "answers": "nll_per_token"}
+    made = [(f"Tiny: {k}", table([k, *tiny.PART_HEAD], tiny.part_lines(rows, k, f, last))) for k, f in fields.items()]
+    slopes = table(tiny.SLOPE_HEAD, tiny.slope_lines(rows, min(found), last))
+    return [("Saved", table(tiny.SAVED_HEAD, saved)), *made, ("Tiny: exponents", slopes)]
 
 
 def parts(rows: list[Row], name: str) -> str:
@@ -285,11 +298,13 @@ def main() -> None:
             ("Noise", noise(every)), ("Resolution", resolution(rows)), ("Rates", rates(every)), ("Core", core(rows)),
             ("All sizes", overall(rows)), ("Local exponents", local_exponents(rows)), ("Fits", fits(args.core)),
             ("Ablations", ablation_table(found)), ("Search", search(every)),
-            ("Tiny windows", table(CHOSEN_HEAD, chosen_lines(every))),
+            ("Tiny windows", table(tiny.CHOSEN_HEAD, tiny.chosen_lines(every))), *tiny_sections(every),
             ("Domains", parts(rows, "domains")), ("Answers", parts(rows, "answers")), ("Seconds", seconds(rows)),
         ]  # fmt: skip
         plots.plot_core(rows, args.plots / "token-efficiency.png")
         plots.plot_lengths(rows, args.plots / "token-efficiency-lengths.png")
+        if any(row["group"] == "cheap" for row in every):
+            plots.plot_tiny(every, args.plots / "token-efficiency-tiny.png")
         if found:
             plots.plot_ablations(found, args.plots / "token-efficiency-ablations.png")
     if args.probes:

@@ -292,3 +292,22 @@ def test_the_step_of_several_seeds_waits_for_nothing_that_a_graph_would_not_see(
     for step, lr in enumerate((0.01, 0.02, 0.02)):
         first.step(step, lr)
     assert not torch.equal(first.model.lm_head.weight, plain.model.lm_head.weight)  # the rate is read every time
+
+
+def test_a_variant_against_its_control_on_power_laws():
+    import _token_search as search
+
+    def row(variant, seed, tokens, better, cost):
+        place = {"size": "m", "lr": 1, "batch": 8, "repeat": 0, "steps": tokens, "group": "cheap"}
+        loss = (9 + seed) * (better * tokens) ** -0.1
+        return place | {"variant": variant, "seed": seed, "tokens": tokens, "loss": loss, "flops": cost * tokens}
+
+    kinds = {"full": (1.0, 1.0), "sliding 32": (1.1, 0.9), "determinant (32,4)": (1.2, 0.95)}
+    rows = [row(v, seed, n, *kind) for v, kind in kinds.items() for seed in range(4) for n in (1_000, 2_000, 4_000)]
+    same, equal = search.against(rows, "determinant (32,4)", "sliding 32", "m", 4_000)
+    scale = (9 + 1.5) * 4_000**-0.1
+    assert same.value == pytest.approx(scale * (1.2**-0.1 - 1.1**-0.1))
+    assert equal.value == pytest.approx(scale * (1.2**-0.1 - (1.1 * 0.95 / 0.9) ** -0.1))
+    assert search.against(rows, "full", "full", "m", 4_000) == (None, None)
+    saved = search.saved_lines(rows, "determinant (32,4)", "full")
+    assert [line[3] for line in saved] == ["0.0M"] * 3 and saved[-1][-2].startswith("+1")
