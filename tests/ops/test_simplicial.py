@@ -348,6 +348,7 @@ def test_bad_input_is_named(impl, unchecked):
     fails("window is (4, 2, 1), but must be two integers (w1, w2)", window=(4, 2, 1))
     fails("window is (4.5, 2), but must be two integers (w1, w2)", window=(4.5, 2))
     fails("window is 4, but must be two integers (w1, w2)", window=4)
+    fails("window is ('a', 2), but must be two integers (w1, w2)", window=("a", 2))
     fails("form is 'cubic', but must be one of trilinear, determinant", form="cubic")
     fails("doc_ids has shape (2, 7), expected (2, 8)", doc_ids=torch.zeros(2, 7, dtype=torch.long))
     fails("doc_ids is torch.float32 on cpu, expected integers on cpu", doc_ids=torch.zeros(2, 8))

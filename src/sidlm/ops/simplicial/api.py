@@ -123,7 +123,7 @@ def choose(op: str, impls: Mapping[str, dispatch.Implementation], impl: str | No
 
 def check_window(window: object) -> None:
     """ValueError unless it is two positive integers."""
-    if not isinstance(window, (tuple, list)) or len(window) != 2 or any(int(w) != w for w in window):
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(isinstance(w, int) for w in window):
         raise ValueError(f"window is {window!r}, but must be two integers (w1, w2)")
     for i, w in enumerate(window):
         if w < 1:
