@@ -9,14 +9,19 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 
 from sidlm.cli.main import main
 from sidlm.train import hardware, processes
 
 RANKS = int(sys.argv[2]) if len(sys.argv) > 2 else 4
+LATE = "ep"
+"""The run of which one process is slow to join"""
 # what the runs import only when they need it: before the fork, so that it is done once
 BEFORE = ("models", "data", "evaluate", "train.loop", "parallel.shard")
 
@@ -35,6 +40,16 @@ def one(rank: int, port: int, argv: list[str], prefix: Path) -> None:
     torch.set_num_threads(1)
     hardware.peak_flops = lambda device, precision: hardware.Peak(1e11, "for the tests")
     processes.HEAD_START, processes.LAST_WORDS = 0.3, 0.6
+    if prefix.name == LATE and rank == 3:  # reads from the store when the others have found the mistake
+        join = distributed_c10d._new_process_group_helper
+
+        def joined(*args: Any, **kwargs: Any) -> Any:
+            found = join(*args, **kwargs)
+            time.sleep(1.0)
+            args[4].add("late", 1)
+            return found
+
+        distributed_c10d._new_process_group_helper = joined
     sys.exit(main(argv))
 
 

@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -32,8 +32,9 @@ PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for the others, who may wait for the first one to validate or to export"""
 
 HEAD_START, LAST_WORDS = 1.0, 5.0
-"""Seconds that the first process has to speak before others do (five times that for a mistake, which all of them find),
-and a speaker before torchrun, which ends all processes when one ends, is shown another one's end"""
+"""Seconds that the first process has to speak before others do, and for which it stays before it does (five times that
+for a mistake, which all of them find), and a speaker before torchrun, which ends all processes when one ends, is shown
+another one's end"""
 
 
 class Processes:
@@ -169,11 +170,14 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
         check_rows(cfg)
         yield Processes(build_mesh(cfg.parallel, device.type))
     except Exception as error:
-        if rank:
-            _wait_for_first(store, HEAD_START * (5 if isinstance(error, SidError) else 1))
+        patience = HEAD_START * (5 if isinstance(error, SidError) else 1)
+        if rank:  # until somebody speaks, which is the first process of what all have found
+            _wait_until(lambda: store.check(["sid/failed"]), patience)
         if _spoken(store, error):
             time.sleep(LAST_WORDS)
             raise SystemExit(1) from error
+        if isinstance(error, SidError) and not rank:  # the store may end with this process, and others still be joining
+            _wait_until(lambda: store.add("sid/failed", 0) == dist.get_world_size(), patience)
         if isinstance(error, SidError) and rank:
             raise SidError(f"process {rank}: {error}") from error
         raise
@@ -182,11 +186,11 @@ def started(cfg: RunConfig) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def _wait_for_first(store: dist.Store, seconds: float) -> None:
-    """Until somebody speaks, which is the first process of what all have found, but no longer than that."""
+def _wait_until(ready: Callable[[], bool], seconds: float) -> None:
+    """No longer than that."""
     end = time.monotonic() + seconds
     with contextlib.suppress(dist.DistError):  # the first process kept the store and has ended
-        while time.monotonic() < end and not store.check(["sid/failed"]):
+        while time.monotonic() < end and not ready():
             time.sleep(0.05)
 
 
